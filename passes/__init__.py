@@ -1,0 +1,1 @@
+"""Quantization policy: one file, one pass."""

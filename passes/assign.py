@@ -1,0 +1,159 @@
+"""Assign schemes to linears by rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qcompiler.errors import RuleError
+from qcompiler.ir.annotations import Leaf, LeafKind, Quant, Role, get_quant, need, set_quant
+from qcompiler.ir.fx import Node
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.pipeline import Context
+from qcompiler.pipeline.base import GraphPass
+from qcompiler.scheme import KVCacheSpec, QuantSpec, Scheme, SchemeField, Strategy
+from qcompiler.select import Select, find
+
+
+class Rule(BaseModel):
+    """What becomes of the linears that `select` means. `scheme: null` leaves them dense."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    select: Select
+    scheme: SchemeField | None
+    solver: Literal["rtn"] = "rtn"
+    optional: bool = False
+    override: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assign(GraphPass):
+    """Give every linear that a rule selects its scheme.
+
+    Ignored layers stay dense and no rule sees them. A select that matches nothing is an error (`optional: true` on a rule
+    allows it), as are two rules for one linear (unless the later one says `override: true`) and two schemes among linears
+    whose outputs the runtime fuses. `on_indivisible` says what happens where a group size does not divide the inputs of a
+    linear: error, `channel` (one scale per row instead) or `dense`. `kv_cache` quantizes the key/value cache to FP8.
+    """
+
+    name: ClassVar[str] = "assign"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED, Stage.ANNOTATED})
+    ensures: ClassVar[Stage] = Stage.ANNOTATED
+
+    rules: tuple[Rule, ...] = ()
+    ignore: tuple[Select, ...] = ()
+    on_indivisible: Literal["error", "channel", "dense"] = "error"
+    kv_cache: KVCacheSpec | None = None
+
+    def run(self, graph: Graph, context: Context) -> None:
+        leaves = [node for node, leaf in graph.leaves() if leaf.kind is not LeafKind.NORM]
+        ignored = self._ignore(leaves)
+        candidates = [node for node in leaves if node not in ignored]
+        for number, rule in enumerate(self.rules, 1):
+            self._apply(rule, f"{self.name}: rule {number}", candidates, ignored, context)
+        _check_fusion(graph)
+        if self.kv_cache is not None:
+            if graph.kv_cache not in (None, self.kv_cache):
+                raise RuleError(f"{self.name}: the KV cache already has the scheme {graph.kv_cache}")
+            graph.kv_cache = self.kv_cache
+
+    def _ignore(self, leaves: list[Node]) -> dict[Node, str]:
+        ignored: dict[Node, str] = {}
+        for number, select in enumerate(self.ignore, 1):
+            selection = find(select, leaves)
+            if not selection.nodes:
+                raise RuleError(
+                    f"{self.name}: ignore {number} {select} matches nothing; {selection.explain(select, leaves)}",
+                    hint="remove it, or mend its keys: `qcompiler plan` lists what the model has",
+                )
+            for node in selection.nodes:
+                ignored.setdefault(node, f"{self.name}: ignore {number}")
+        for node, because in ignored.items():
+            if need(node, Leaf).kind is LeafKind.LINEAR and get_quant(node) is None:
+                set_quant(node, Quant(None, "none", (because,)))
+        return ignored
+
+    def _apply(
+        self, rule: Rule, who: str, candidates: list[Node], ignored: dict[Node, str], context: Context
+    ) -> None:
+        linears = [node for node in candidates if need(node, Leaf).is_linear]
+        selection = find(rule.select, linears)
+        if not selection.nodes:
+            if rule.optional:
+                context.report.info(f"{who} {rule.select} matches nothing, which its `optional` allows")
+                return
+            raise RuleError(
+                f"{who} {rule.select} matches no linear{_instead(rule.select, candidates, ignored)}; "
+                f"{selection.explain(rule.select, linears)}",
+                hint="mend its keys, or say `optional: true`: `qcompiler plan` lists what the model has",
+            )
+        for node in selection.nodes:
+            present = get_quant(node)
+            leaf = need(node, Leaf)
+            if present is not None and not rule.override:
+                raise RuleError(
+                    f"{who} {rule.select} and {', '.join(present.because)} both decide {leaf.path}",
+                    hint="narrow one of them, or say `override: true` on the later",
+                )
+            because = (who,) if present is None else (who, f"over {present.because[0]}")
+            scheme, why = self._fitting(rule.scheme, leaf, who, context)
+            set_quant(node, Quant(scheme, rule.solver if scheme else "none", (*because, *why)), replacing=present)
+
+    def _fitting(
+        self, scheme: Scheme | None, leaf: Leaf, who: str, context: Context
+    ) -> tuple[Scheme | None, tuple[str, ...]]:
+        """The scheme, or what `on_indivisible` makes of it."""
+        group = scheme.weights.group_size if scheme else None
+        if scheme is None or group is None or leaf.in_features % group == 0:
+            return scheme, ()
+        what = f"group size {group} does not divide the {leaf.in_features} inputs of {leaf.path}"
+        can_channel = scheme.weights.scale_dtype is None
+        if self.on_indivisible == "error" or (self.on_indivisible == "channel" and not can_channel):
+            raise RuleError(
+                f"{who}: {what}" + ("" if can_channel else f" ({scheme.weights.short} has no per-channel form)"),
+                hint="choose a group size that divides, or say on_indivisible: "
+                + ("channel or dense" if can_channel else "dense"),
+            )
+        context.report.fallback(f"{what}: {self.on_indivisible} instead ({who})")
+        if self.on_indivisible == "dense":
+            return None, (what,)
+        w = scheme.weights
+        channel = QuantSpec(type=w.type, bits=w.bits, symmetric=w.symmetric, strategy=Strategy.CHANNEL)
+        return Scheme(weights=channel, input_activations=scheme.input_activations), (what,)
+
+
+def _instead(select: Select, candidates: list[Node], ignored: dict[Node, str]) -> str:
+    """What a rule selected that is no linear of its own, if anything."""
+    others = [need(node, Leaf) for node in find(select, candidates).nodes]
+    if others:
+        kinds = ", ".join(sorted({str(leaf.kind) for leaf in others}))
+        return f" (only {kinds}: {others[0].path}, which is not quantized)"
+    hidden = find(select, list(ignored)).nodes if ignored else ()
+    return f" ({need(hidden[0], Leaf).path} is hidden by {ignored[hidden[0]]})" if hidden else ""
+
+
+def _check_fusion(graph: Graph) -> None:
+    """Linears that the runtime fuses must agree on one scheme."""
+    members: dict[str, list[Node]] = {}
+    for node, _ in graph.linears():
+        group = need(node, Role).fusion_group
+        if group is not None:
+            members.setdefault(group, []).append(node)
+    for group, nodes in members.items():
+        schemes = {quant.scheme if (quant := get_quant(node)) else None for node in nodes}
+        if len(schemes) > 1:
+            raise RuleError(
+                f"fusion group {group}: its linears are fused by runtimes and must share one scheme, but\n"
+                + "\n".join(f"  {need(node, Leaf).path}: {_decision(node)}" for node in nodes),
+                hint="give them one scheme: select by structure (attention-input, mlp-input) instead of by name",
+            )
+
+
+def _decision(node: Node) -> str:
+    quant = get_quant(node)
+    if quant is None:
+        return "dense, no rule selects it"
+    return f"{quant.scheme.short if quant.scheme else 'dense'}, by {', '.join(quant.because)}"

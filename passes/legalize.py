@@ -1,0 +1,89 @@
+"""Refuse, before any weight is read, what the target cannot load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from qcompiler.emit.config import build_quantization_config
+from qcompiler.errors import LegalityError, VerificationError
+from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.lowering.sites import scheme_of, sites
+from qcompiler.lowering.write import LIBRARY_VERSION
+from qcompiler.pipeline import Context
+from qcompiler.pipeline.base import GraphPass
+from qcompiler.targets import check, load_target
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Legalize(GraphPass):
+    """Check every scheme against what a runtime on its hardware can load: types, shapes, fusion, names.
+
+    `target` is a runtime with its hardware; the command line's `--target` takes precedence. Conv1D layers (GPT-2) have no
+    form in a checkpoint: `conv1d: dense` leaves them as they are and says so. The config that will be written is built and
+    proved here, under the name matching of every loader.
+    """
+
+    name: ClassVar[str] = "legalize"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+
+    target: str = "vllm-sm90"
+    conv1d: Literal["error", "dense"] = "error"
+
+    def run(self, graph: Graph, context: Context) -> None:
+        target = load_target(context.target or self.target)
+        context.report.target = target.name
+        if self.conv1d == "dense":
+            self._leave_conv1d(graph, context)
+        everything = sites(graph)
+        violations = check(target, everything, kv_cache=graph.kv_cache, head_size=context.source.head_size)
+        if violations:
+            shown = "\n".join(f"  {v.site}: {v.message} ({v.mend})" for v in violations[:_SHOWN])
+            more = f"\n  and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
+            raise LegalityError(
+                f"{len(violations)} layers cannot be loaded by {target.name}:\n{shown}{more}",
+                hint="change the rules that chose these schemes, or compile for another --target",
+            )
+        if not any(site.scheme for site in everything):
+            raise LegalityError("no linear is quantized: every one is dense", hint="add a rule to assign")
+        self._check_names(graph, context)
+        try:
+            emitted = build_quantization_config(
+                everything, kv_cache=graph.kv_cache, compressed_tensors_version=LIBRARY_VERSION
+            )
+        except VerificationError as error:
+            raise LegalityError(error.message, hint=error.hint) from error
+        context.report.config_summary = emitted.summary
+
+    def _leave_conv1d(self, graph: Graph, context: Context) -> None:
+        left = [(node, leaf) for node, leaf in graph.linears() if leaf.kind is LeafKind.CONV1D and scheme_of(node)]
+        for node, _ in left:
+            present = get_quant(node)
+            assert present is not None
+            because = (*present.because, f"{self.name}: Conv1D has no form in a checkpoint")
+            set_quant(node, Quant(None, "none", because), replacing=present)
+        if left:
+            context.report.fallback(
+                f"{len(left)} Conv1D layers stay dense (conv1d: dense), {left[0][1].path} among them: "
+                "compressed-tensors has no form for them"
+            )
+
+    def _check_names(self, graph: Graph, context: Context) -> None:
+        """Weights that Transformers assembles at load have no key of their own to write codes under."""
+        source = context.source
+        if not source.has_weights:
+            context.report.info("no weight files: names on disk were not checked")
+            return
+        for node, leaf in graph.linears():
+            path = f"{leaf.path}.weight"
+            if scheme_of(node) is None or path in source.names.aliases:
+                continue
+            obstacle = source.names.obstacle(path)
+            if obstacle is not None:
+                raise LegalityError(
+                    f"{leaf.path} has a scheme, but its codes have no name on disk: {obstacle}",
+                    hint="ignore this layer in assign",
+                )

@@ -1,0 +1,44 @@
+"""Pack each partition's weights into a shard, and write the checkpoint's config from the annotations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from qcompiler.errors import ConfigError
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.lowering.rewrite import lower_graph
+from qcompiler.lowering.write import CheckpointStep
+from qcompiler.pipeline import Context, PartitionStep, PartitionWork, StreamingPass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lower(StreamingPass):
+    """Write a compressed-tensors checkpoint, one shard per partition, the index and config last."""
+
+    name: ClassVar[str] = "lower"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CALIBRATED})
+    ensures: ClassVar[Stage] = Stage.LOWERED
+
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+
+    def begin(self, graph: Graph, context: Context) -> PartitionStep:
+        if context.output is None:
+            raise ConfigError("lower has nowhere to write", hint="pass --output (Python: output=)")
+        return _Lower(graph, CheckpointStep(graph, context, context.output))
+
+
+class _Lower(PartitionStep):
+    def __init__(self, graph: Graph, checkpoint: CheckpointStep) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+
+    def partition(self, work: PartitionWork) -> None:
+        self._checkpoint.write(work)
+
+    def finish(self) -> None:
+        lower_graph(self._graph)
+        self._checkpoint.finish()
+
+    def abort(self) -> None:
+        self._checkpoint.abort()

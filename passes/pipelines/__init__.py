@@ -1,0 +1,1 @@
+"""Packaged pipelines: one YAML file each, found by name."""

@@ -1,0 +1,1 @@
+"""qcompiler: a compiler for non-uniform quantization."""

@@ -1,0 +1,30 @@
+"""Capture: from a Hugging Face model to a `Graph` of raised leaves, each with its role."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from qcompiler.capture.buffers import non_persistent_buffers
+from qcompiler.capture.export import export
+from qcompiler.capture.raising import raise_leaves
+from qcompiler.capture.roles import annotate_roles
+from qcompiler.ir.graph import Graph
+
+
+def capture_graph(model: PreTrainedModel) -> Graph:
+    """Capture the forward pass of a model (in eval mode; usually on the meta device).
+
+    Raises `CaptureError` with the reason where the model does not trace. The graph is not compared with eager here: see
+    `qcompiler.capture.compare`.
+    """
+    exported = export(model)
+    raise_leaves(exported.graph, model)
+    graph = Graph(
+        exported.graph,
+        model,
+        constants=exported.constants,
+        buffers=non_persistent_buffers(model),
+        max_sequence_length=exported.max_sequence_length,
+    )
+    annotate_roles(graph)
+    return graph

@@ -1,0 +1,216 @@
+"""A folder that appears whole or not at all.
+
+Everything is made in `.NAME.partial` beside the output `NAME`, on the same file system:
+
+    fingerprint.json   what the content is made from: a later run resumes only if it would make the same
+    checkpoint/        becomes the output
+    scratch/           intermediate results of a run; never published
+    old/               the former output, only while the two are exchanged
+
+`publish` renames the former output aside, renames the new one in and deletes the former. A process killed between the
+two renames leaves both folders whole here, and the next `open` puts the former one back.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from qcompiler.errors import CheckpointError
+
+
+class PartialFolder:
+    """The partial folder of one output, locked against other runs. Made by `open`; ended by `publish` or `discard`."""
+
+    def __init__(self, output: Path, root: Path, lock: int, overwrite: bool) -> None:
+        self.output = output
+        self.root = root
+        self.content = root / "checkpoint"
+        self.scratch = root / "scratch"
+        self._old = root / "old"
+        self._lock = lock
+        self._overwrite = overwrite
+
+    @classmethod
+    def open(
+        cls,
+        output: Path,
+        *,
+        source: Path,
+        fingerprint: Mapping[str, Any],
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> Self:
+        """Begin an output, or with `resume` go on with a partial one of the same fingerprint.
+
+        source: the folder that is being compiled. Output and source must lie apart.
+        fingerprint: JSON values that decide every byte of the output: input files, pipeline, versions.
+
+        Raises `CheckpointError`, before anything is written, if the output exists and `overwrite` is not set, if it is
+        no model folder, if another run is writing it, or if the partial folder was begun with another fingerprint.
+        """
+        output = output.resolve()
+        _check_apart(output, source.resolve())
+        root = output.parent / f".{output.name}.partial"
+        with writing_to(output):
+            root.mkdir(parents=True, exist_ok=True)
+            folder = cls(output, root, _lock(root, output), overwrite)
+            try:
+                folder._settle()
+                _check_replaceable(output, overwrite)
+                folder._begin(json.loads(json.dumps(fingerprint)), resume)
+            except BaseException:
+                folder.close()
+                raise
+        return folder
+
+    def publish(self) -> None:
+        """Exchange the output for `checkpoint/`, and delete all else. `checkpoint/` must be on stable storage."""
+        with writing_to(self.output):
+            _check_replaceable(self.output, self._overwrite)  # it may have appeared since
+            try:
+                if self.output.exists():
+                    self.output.rename(self._old)
+                self.content.rename(self.output)
+            except BaseException:
+                self._settle()
+                raise
+            sync_folder(self.output.parent)
+            self._remove()
+
+    def discard(self) -> None:
+        """Delete the partial folder; the output stays as it was."""
+        with writing_to(self.output):
+            self._settle()
+            self._remove()
+
+    def close(self) -> None:
+        """Release the lock. A partial folder with finished work in it stays for a later `resume`."""
+        if self._lock >= 0:
+            if not any(self.root.iterdir()):
+                self.root.rmdir()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _begin(self, fingerprint: Any, resume: bool) -> None:
+        file = self.root / "fingerprint.json"
+        if resume and file.exists():
+            begun = json.loads(file.read_text())
+            if begun != fingerprint:
+                keys = sorted(k for k in begun.keys() | fingerprint.keys() if begun.get(k) != fingerprint.get(k))
+                raise CheckpointError(
+                    f"{self.root}: it was begun with other inputs: {', '.join(keys)} differ",
+                    hint="repeat the run that began it, or start afresh without resuming",
+                )
+        else:
+            for path in self.root.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.content.mkdir(exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
+        if not file.exists():  # appears whole: it is what makes a later run trust the rest
+            draft = file.with_suffix(".draft")
+            draft.write_text(json.dumps(fingerprint, indent=2))
+            sync_file(draft)
+            draft.rename(file)
+
+    def _settle(self) -> None:
+        """End an exchange that was cut short: the former output goes back if the new one did not arrive."""
+        if not self._old.exists():
+            return
+        if self.output.exists():
+            shutil.rmtree(self._old)
+        else:
+            self._old.rename(self.output)
+
+    def _remove(self) -> None:
+        try:
+            shutil.rmtree(self.root)
+        except OSError as error:
+            warnings.warn(f"{self.root} could not be deleted ({error}); delete it by hand", stacklevel=3)
+        os.close(self._lock)
+        self._lock = -1
+
+
+@contextmanager
+def writing_to(output: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an `OSError` into a `CheckpointError` about `output`. needed: bytes still to write, for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"{output}: {error.strerror or error} ({error.filename or 'while writing'})",
+                hint="choose an output folder that can be written",
+            ) from error
+        free = free_bytes(output)
+        raise disk_full(output, needed, free) from error
+
+
+def disk_full(output: Path, needed: int | None, free: int) -> CheckpointError:
+    """The error of a disk that cannot hold `needed` more bytes."""
+    wanted = "" if needed is None else f"{needed} more bytes are needed and "
+    return CheckpointError(
+        f"{output}: the disk is full: {wanted}{free} are free", hint="free space, or choose an output on another disk"
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the file system of `path`, or of its nearest ancestor that exists."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on stable storage."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+sync_folder = sync_file  # a folder's fsync makes the names in it durable
+
+
+def _check_apart(output: Path, source: Path) -> None:
+    if output == source or output.is_relative_to(source) or source.is_relative_to(output):
+        where = "is" if output == source else "lies inside" if output.is_relative_to(source) else "contains"
+        raise CheckpointError(
+            f"{output}: the output {where} the input folder {source}", hint="choose a folder apart from the input"
+        )
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise CheckpointError(f"{output}: a file of this name exists", hint="choose another output folder")
+    if not overwrite:
+        raise CheckpointError(f"{output}: the output exists", hint="overwrite it explicitly, or choose another folder")
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        raise CheckpointError(
+            f"{output}: it has no config.json, so it is no model folder and is not overwritten",
+            hint="choose another output folder, or delete this one yourself",
+        )
+
+
+def _lock(root: Path, output: Path) -> int:
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        pass  # the kernel lets go of it however the process ends
+        held = root.exists() and os.path.samestat(os.fstat(fd), root.stat())
+    except BlockingIOError:
+        held = False
+    if not held:
+        os.close(fd)
+        raise CheckpointError(f"{output}: another run is writing it", hint="wait for it, or choose another output")
+    return fd

@@ -1,0 +1,189 @@
+"""Streaming safetensors files, and a checkpoint made of them one shard at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from qcompiler.checkpoints.companions import copy_companions
+from qcompiler.checkpoints.header import Spec, encode_header, tensor_bytes, write_order
+from qcompiler.checkpoints.output import (
+    PartialFolder,
+    disk_full,
+    free_bytes,
+    sync_file,
+    sync_folder,
+    writing_to,
+)
+from qcompiler.checkpoints.reader import INDEX_FILE, SINGLE_FILE, RawTensor, shard_tensors
+from qcompiler.errors import CheckpointError
+
+DiskTensor = torch.Tensor | RawTensor
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, DiskTensor]) -> None:
+    """Write a safetensors file, byte for byte as the safetensors library would, and wait until it is on the disk.
+
+    Tensors may be of any device and stride; at most one is held as a contiguous copy on the host. A `RawTensor` is
+    copied from its file. Raises `OSError`, and `CheckpointError` for what safetensors cannot store.
+    """
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and (tensor.is_meta or tensor.layout is not torch.strided):
+            kind = "has no values (device meta)" if tensor.is_meta else f"is {tensor.layout}"
+            raise CheckpointError(f"tensor {name!r} {kind}: it cannot be written", hint="load it, or make it dense")
+    header = encode_header(specs, {"format": "pt"})  # loaders ask for this entry
+    with file.open("wb") as handle:
+        handle.write(header)
+        for name in write_order(specs):
+            tensor = tensors[name]
+            if isinstance(tensor, RawTensor):
+                tensor.copy_bytes(handle.write)
+            else:
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                handle.write(flat.view(torch.uint8).numpy().data)
+    sync_file(file)
+
+
+class CheckpointWriter:
+    """A checkpoint folder in the making: shards in any order, then `finish`. Use it as a context manager.
+
+    A shard is written under a draft name, synced, then renamed: what has a shard's name is whole. If the block ends
+    without `finish` the partial folder is deleted, or kept for `resume` with `keep`; a killed process leaves it too.
+    """
+
+    def __init__(self, folder: PartialFolder, shards: int, predicted_bytes: int, keep: bool) -> None:
+        self._folder = folder
+        self._shards = shards
+        self._predicted = predicted_bytes
+        self._keep = keep
+        self._done = False
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+        self._finished: set[int] = set()
+        for index in range(shards):
+            if self.shard_file(index).exists():
+                metas = shard_tensors(self.shard_file(index))
+                self._note(index, {key: (meta.dtype, meta.shape) for key, meta in metas.items()})
+        needed, free = predicted_bytes - self._bytes, free_bytes(folder.root)
+        if needed > free:
+            raise disk_full(folder.output, needed, free)
+
+    @classmethod
+    def open(
+        cls,
+        output: Path,
+        *,
+        source: Path,
+        fingerprint: Mapping[str, Any],
+        shards: int,
+        predicted_bytes: int,
+        overwrite: bool = False,
+        resume: bool = False,
+        keep: bool = False,
+    ) -> Self:
+        """Begin a checkpoint of `shards` files with `predicted_bytes` of tensors; see `PartialFolder.open`.
+
+        Raises `CheckpointError` also if the disk has no room for it.
+        """
+        if shards < 1:
+            raise CheckpointError(f"{output}: a checkpoint of {shards} shards", hint="write at least one shard")
+        folder = PartialFolder.open(
+            output,
+            source=source,
+            fingerprint={**fingerprint, "shards": shards},
+            overwrite=overwrite,
+            resume=resume,
+        )
+        try:
+            return cls(folder, shards, predicted_bytes, keep)
+        except BaseException:
+            if resume:
+                folder.close()
+            else:
+                folder.discard()
+            raise
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """The shards that are whole, those of a resumed run included."""
+        return frozenset(self._finished)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for intermediate results that a resumed run finds again and the output never contains."""
+        return self._folder.scratch
+
+    def shard_file(self, index: int) -> Path:
+        """Where shard `index` (from 0) lies until `finish`."""
+        name = SINGLE_FILE if self._shards == 1 else f"model-{index + 1:05d}-of-{self._shards:05d}.safetensors"
+        return self._folder.content / name
+
+    def add_shard(self, index: int, tensors: Mapping[str, DiskTensor]) -> None:
+        """Write shard `index`. Raises `CheckpointError` if a name is taken, or the disk is full."""
+        if index in self._finished or not 0 <= index < self._shards:
+            raise CheckpointError(f"{self.shard_file(index).name}: it is already written, or beyond the last shard")
+        for name in tensors:
+            if name in self._weight_map:
+                raise CheckpointError(f"tensor {name!r} is already in {self._weight_map[name]}")
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        file = self.shard_file(index)
+        draft = file.with_suffix(".draft")
+        with writing_to(self._folder.output, max(self._predicted - self._bytes, _total(specs))):
+            try:
+                write_safetensors(draft, tensors)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
+            draft.rename(file)
+            sync_folder(file.parent)
+        self._note(index, specs)
+
+    def finish(self, files: Mapping[str, str], *, companions: Path | None = None) -> None:
+        """Write small files, the index last, and make the folder the output.
+
+        files: texts by file name: config.json and what else the compilation decides.
+        companions: the folder whose tokenizer and other small files come along, save those in `files`.
+        """
+        if lacking := sorted(set(range(self._shards)) - self._finished):
+            raise CheckpointError(f"{self._folder.output}: shards {lacking} are not written")
+        content = self._folder.content
+        with writing_to(self._folder.output):
+            copied = copy_companions(companions, content, without=files) if companions else []
+            for name, text in files.items():
+                (content / name).write_text(text, encoding="utf-8")
+            small = [*copied, *(content / name for name in files)]
+            if self._shards > 1:
+                weight_map = dict(sorted(self._weight_map.items()))
+                index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+                (content / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                small.append(content / INDEX_FILE)
+            for path in {*small, *(path.parent for path in small), content}:
+                sync_file(path)
+        self._folder.publish()
+        self._done = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._keep:
+            self._folder.close()
+        elif not self._done:
+            self._folder.discard()
+
+    def _note(self, index: int, specs: Mapping[str, Spec]) -> None:
+        self._finished.add(index)
+        self._weight_map |= dict.fromkeys(specs, self.shard_file(index).name)
+        self._bytes += _total(specs)
+
+
+def _total(specs: Mapping[str, Spec]) -> int:
+    return sum(tensor_bytes(*spec) for spec in specs.values())

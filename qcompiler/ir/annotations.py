@@ -1,0 +1,144 @@
+"""What a node can be annotated with. Frozen facts, reached only through `get`, `need` and `annotate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeVar
+
+from qcompiler.errors import VerificationError
+from qcompiler.ir.fx import Node
+from qcompiler.scheme import QuantSpec, Scheme
+
+
+class LeafKind(StrEnum):
+    """What a raised module computes."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"  # GPT-2's transposed linear
+    BARE_LINEAR = "bare-linear"  # a linear on a parameter, inside a module with a forward of its own (routers)
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    EXPERTS = "experts"  # a block of mixture-of-experts weights
+
+
+class Structure(StrEnum):
+    """Where a leaf stands in the model, found in the graph."""
+
+    ATTENTION_INPUT = "attention-input"
+    ATTENTION_OUTPUT = "attention-output"
+    MLP_INPUT = "mlp-input"
+    MLP_OUTPUT = "mlp-output"
+    EXPERTS = "experts"
+    ROUTER = "router"
+    LM_HEAD = "lm-head"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A `call_module` node that capture raised: one module of the model, called once.
+
+    `in_features` and `out_features` are those of linears; a Conv1D counts as the linear it computes. A bare linear is
+    not raised: its annotation stands on the `aten.linear` node, and its path is that of the module that owns the weight.
+    """
+
+    kind: LeafKind
+    path: str
+    class_name: str
+    parameters: int
+    in_features: int = 0
+    out_features: int = 0
+    bias: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is a linear that can be named and quantized as such."""
+        return self.kind in (LeafKind.LINEAR, LeafKind.CONV1D)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The module calls a node was traced in, outermost first, as (call key, module path)."""
+
+    calls: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """Where a leaf stands, by structure alone: the same under any renaming of modules."""
+
+    structure: Structure | None
+    layer: int | None
+    input_group: str | None
+    fusion_group: str | None
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quant:
+    """What becomes of a linear. `scheme` None means it stays dense on purpose; `because` says who decided."""
+
+    scheme: Scheme | None
+    solver: str
+    because: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """A statistic to collect where an `observe` node stands.
+
+    `id` names the statistic: nodes that share an id share it. `consumers` are the module paths that use it.
+    """
+
+    id: str
+    kind: Literal["minmax", "mse", "percentile"]
+    spec: QuantSpec
+    purpose: Literal["input", "key", "value"]
+    consumers: tuple[str, ...]
+    because: tuple[str, ...]
+    percentile: float = 99.99
+
+
+Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer)
+_KEY = "qcompiler"
+
+
+def get(node: Node, kind: type[Annotation]) -> Annotation | None:
+    """The annotation of this kind on a node, or None."""
+    found: Annotation | None = node.meta.get(_KEY, {}).get(kind)
+    return found
+
+
+def need(node: Node, kind: type[Annotation]) -> Annotation:
+    """The annotation of this kind on a node. Raises `VerificationError` where there is none."""
+    found = get(node, kind)
+    if found is None:
+        raise VerificationError(f"node %{node.name} has no {kind.__name__} annotation")
+    return found
+
+
+def annotate(node: Node, annotation: Annotation, *, replacing: Annotation | None = None) -> None:
+    """Put an annotation on a node.
+
+    `replacing` must be the annotation that is there now: nobody overwrites what he has not read.
+    Raises `VerificationError` otherwise.
+    """
+    kind = type(annotation)
+    present = get(node, kind)
+    if present != replacing:
+        raise VerificationError(
+            f"node %{node.name} is already annotated with {present}; it would silently become {annotation}",
+            hint="read the annotation first and pass it as replacing=",
+        )
+    node.meta[_KEY] = {**node.meta.get(_KEY, {}), kind: annotation}
+
+
+def get_quant(node: Node) -> Quant | None:
+    """What becomes of this linear, or None where nothing was decided yet."""
+    return get(node, Quant)
+
+
+def set_quant(node: Node, quant: Quant, *, replacing: Quant | None = None) -> None:
+    """Decide what becomes of a linear; see `annotate`."""
+    annotate(node, quant, replacing=replacing)

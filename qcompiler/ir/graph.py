@@ -1,0 +1,86 @@
+"""A captured model: its fx graph, the model it came from (on the meta device), and how far it has been compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch.fx
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qcompiler.ir.annotations import Leaf, get
+from qcompiler.ir.fx import Node
+from qcompiler.scheme import KVCacheSpec
+
+
+class Stage(IntEnum):
+    """How far a graph has come. Each stage has a spec in `qcompiler.ir.spec`."""
+
+    CAPTURED = 0
+    ANNOTATED = 1
+    OBSERVED = 2
+    CALIBRATED = 3
+    LOWERED = 4
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Consecutive nodes that run together: what comes before the layers, each decoder layer, what comes after.
+
+    `reads` are values from earlier partitions; `writes` are values that later ones (or the caller) read.
+    """
+
+    name: str
+    layer: int | None
+    nodes: tuple[Node, ...]
+    reads: tuple[Node, ...]
+    writes: tuple[Node, ...]
+
+
+@dataclass(slots=True)
+class Graph:
+    """The unit that passes work on.
+
+    `constants` are tensors that the forward pass made itself; `buffers` are those that the checkpoint does not hold
+    (rotary frequencies). `max_sequence_length` bounds the sequences for which the graph is the model, None: no bound.
+    `kv_cache` is what the key/value cache becomes, decided for the whole model.
+    """
+
+    fx: torch.fx.Graph
+    model: PreTrainedModel
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    max_sequence_length: int | None = None
+    kv_cache: KVCacheSpec | None = None
+    stage: Stage = Stage.CAPTURED
+
+    @property
+    def nodes(self) -> list[Node]:
+        return list(self.fx.nodes)
+
+    @property
+    def input(self) -> Node:
+        """The placeholder of `input_ids` [B, S]."""
+        return next(node for node in self.fx.nodes if node.op == "placeholder")
+
+    @property
+    def output(self) -> Node:
+        """The node whose value is the logits."""
+        (value,) = next(node for node in self.fx.nodes if node.op == "output").all_input_nodes
+        return value
+
+    def leaves(self) -> Iterator[tuple[Node, Leaf]]:
+        """Every raised leaf with what it is, in the order in which they run."""
+        for node in self.fx.nodes:
+            leaf = get(node, Leaf)
+            if leaf is not None:
+                yield node, leaf
+
+    def linears(self) -> Iterator[tuple[Node, Leaf]]:
+        """Every linear (Conv1D too) with what it is, in the order in which they run."""
+        return ((node, leaf) for node, leaf in self.leaves() if leaf.is_linear)

@@ -1,0 +1,72 @@
+"""The linears of a graph as the loaders of its checkpoint will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qcompiler.emit.sites import Site
+from qcompiler.ir.annotations import Leaf, LeafKind, Role, get_quant, need
+from qcompiler.ir.fx import Node
+from qcompiler.ir.graph import Graph
+from qcompiler.scheme import Scheme
+
+LISTED = (LeafKind.LINEAR, LeafKind.CONV1D, LeafKind.BARE_LINEAR)
+
+
+def scheme_of(node: Node) -> Scheme | None:
+    """What a leaf's weight becomes; None where it stays dense."""
+    quant = get_quant(node)
+    return quant.scheme if quant else None
+
+
+def sites(graph: Graph) -> list[Site]:
+    """A site per linear, in the order in which they run. A module that runs twice is one site.
+
+    Bare linears (routers) are sites too: runtimes build them as linears, so the config must say that they are dense. So are
+    the projections of expert blocks, by the names that checkpoints give them.
+    """
+    found: dict[str, Site] = {}
+    for node, leaf in graph.leaves():
+        if leaf.kind in LISTED:
+            found.setdefault(leaf.path, _site(node, leaf))
+        elif leaf.kind is LeafKind.EXPERTS:
+            found |= {site.name: site for site in _experts(graph, leaf)}
+    return list(found.values())
+
+
+def _site(node: Node, leaf: Leaf) -> Site:
+    role = need(node, Role)
+    structure = role.structure
+    return Site(
+        name=leaf.path,
+        out_features=leaf.out_features,
+        in_features=leaf.in_features,
+        scheme=scheme_of(node),
+        class_name=leaf.class_name,
+        has_bias=leaf.bias,
+        fusion_group=role.fusion_group,
+        structure=structure.value if structure and structure.value != "embedding" else None,
+        kind="conv1d" if leaf.kind is LeafKind.CONV1D else "linear",
+    )
+
+
+def _experts(graph: Graph, leaf: Leaf) -> Iterator[Site]:
+    """The projections of one expert block. Runtimes name them alike whatever the merged parameters are called."""
+    block = graph.model.get_submodule(leaf.path)
+    count = int(block.num_experts)
+    transposed = bool(getattr(block, "is_transposed", False))
+    for name, parameter in block.named_parameters(recurse=False):
+        if parameter.dim() != 3:
+            continue
+        out, inner = (parameter.shape[2], parameter.shape[1]) if transposed else parameter.shape[1:]
+        projections = ("gate_proj", "up_proj") if name.startswith("gate_up") else (name,)
+        for index in range(count):
+            for projection in projections:
+                yield Site(
+                    name=f"{leaf.path}.{index}.{projection}",
+                    out_features=int(out) // len(projections),
+                    in_features=int(inner),
+                    structure="experts",
+                    kind="experts",
+                    fusion_group=f"{leaf.path}.{index}.{name}" if len(projections) > 1 else None,
+                )

@@ -1,0 +1,136 @@
+"""Write the checkpoint: a shard per partition while the sweep goes on, config and provenance at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
+from qcompiler.emit.config import build_quantization_config
+from qcompiler.errors import VerificationError
+from qcompiler.formats import pack
+from qcompiler.ir.annotations import Leaf, get
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.partition import partitions
+from qcompiler.lowering.predict import quantized_paths, written_paths
+from qcompiler.lowering.sites import scheme_of, sites
+from qcompiler.pipeline.base import Context, Destination, PartitionWork
+from qcompiler.runtime.stream import tensor_paths
+
+LIBRARY_VERSION = version("compressed-tensors")
+PROVENANCE = "qcompiler.json"
+
+
+class CheckpointStep:
+    """The writing side of a sweep. Partitions are written in order; every tensor goes into the shard of its first use."""
+
+    def __init__(self, graph: Graph, context: Context, destination: Destination) -> None:
+        self._graph = graph
+        self._context = context
+        self._quantized = quantized_paths(graph)
+        self._config = build_quantization_config(
+            sites(graph), kv_cache=graph.kv_cache, compressed_tensors_version=LIBRARY_VERSION
+        )
+        self._dense = self._assign_paths()
+        shards = [name for name, (dense, packed) in self._dense.items() if dense or packed]
+        self._shard = {name: index for index, name in enumerate(shards)}
+        self._written = 0
+        self._writer = CheckpointWriter.open(
+            destination.folder,
+            source=context.source.folder,
+            fingerprint=context.provenance,
+            shards=len(shards),
+            predicted_bytes=context.report.total_bytes,
+            overwrite=destination.overwrite,
+        )
+        self._writer.__enter__()
+
+    def _assign_paths(self) -> dict[str, tuple[list[str], list[str]]]:
+        """Per partition: parameters to write dense, and linears to write packed. What no node uses comes last."""
+        left = dict.fromkeys(written_paths(self._graph, self._context.source))
+        packed_left = {get_leaf.path for node in self._quantized.values() if (get_leaf := get(node, Leaf)) is not None}
+        plan: dict[str, tuple[list[str], list[str]]] = {}
+        parts = partitions(self._graph)
+        for part in parts:
+            dense = [path for path in tensor_paths(self._graph, part) if path in left]
+            packed = [leaf.path for n in part.nodes if (leaf := get(n, Leaf)) is not None and leaf.path in packed_left]
+            plan[part.name] = (dense, list(dict.fromkeys(packed)))
+            left = {path: None for path in left if path not in set(dense)}
+            packed_left -= set(packed)
+        plan[parts[-1].name][0].extend(left)
+        return plan
+
+    def write(self, work: PartitionWork) -> None:
+        """Write the shard of one partition: codes of what was solved, bytes of what stays."""
+        dense, packed = self._dense[work.partition.name]
+        if not dense and not packed:
+            return
+        tensors: dict[str, DiskTensor] = dict(self._context.source.names.dense(dense))
+        for path in packed:
+            solved = work.solved.get(path)
+            if solved is None:
+                raise VerificationError(f"{path} has a scheme, but no pass solved it before it was to be written")
+            scheme = scheme_of(self._quantized[f"{path}.weight"])
+            assert scheme is not None
+            parts = pack(
+                solved.weight,
+                scheme,
+                input_scale=solved.input_scale,
+                input_zero_point=solved.input_zero_point,
+                input_global_scale=solved.input_global_scale,
+            )
+            prefix = self._disk_prefix(path)
+            tensors |= {f"{prefix}.{name}": tensor.cpu() for name, tensor in parts.items()}
+        tensors |= {key: tensor.cpu() for key, tensor in work.extra.items()}
+        self._writer.add_shard(self._shard[work.partition.name], tensors)
+        self._written += sum(_nbytes(tensor) for tensor in tensors.values())
+
+    def _disk_prefix(self, path: str) -> str:
+        """Where a module's tensors go. An embedding's tied head gets a name of its own, as it is tied no more."""
+        names = self._context.source.names
+        weight = f"{path}.weight"
+        name = weight if weight in names.aliases else names.disk_name(weight)
+        assert name is not None, f"legalize let {path} pass without a name on disk"
+        return name.removesuffix(".weight")
+
+    def finish(self) -> None:
+        """Check the bytes against the plan, write config and provenance, and make the folder the output."""
+        report = self._context.report
+        if self._written != report.total_bytes:
+            raise VerificationError(
+                f"{self._written} bytes of tensors were written, and {report.total_bytes} were predicted: "
+                "the plan and the writer disagree, which is a defect of qcompiler"
+            )
+        report.config_summary = self._config.summary
+        files = {
+            "config.json": _json(self._model_config()),
+            PROVENANCE: _json({**self._context.provenance, "report": report.as_dict()}),
+        }
+        self._writer.finish(files, companions=self._context.source.folder)
+
+    def abort(self) -> None:
+        """Remove the partial folder; an old output stays."""
+        self._writer.__exit__(None, None, None)
+
+    def _model_config(self) -> dict[str, Any]:
+        source = self._context.source
+        config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(source.dtype).removeprefix("torch.")
+        if any(path in source.names.aliases for path in self._quantized):
+            # A head with codes of its own shares nothing with the embedding any more.
+            config["tie_word_embeddings"] = False
+        return {**config, "quantization_config": self._config.config}
+
+
+def _nbytes(tensor: DiskTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= int(size)
+    return count * tensor.dtype.itemsize
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, default=str) + "\n"

@@ -1,0 +1,27 @@
+"""Number formats: weights to codes and back, and the fake quantization of activations. Pure torch, on any device."""
+
+from qcompiler.numerics.scales import nvfp4_global_scale, static_qparams
+from qcompiler.numerics.tensor import QuantizedTensor, scale_shape
+from qcompiler.numerics.weights import (
+    ScaleSearch,
+    WeightError,
+    dequantize,
+    quantize_weight,
+    range_factors,
+    weight_amax,
+    weight_error,
+)
+
+__all__ = [
+    "QuantizedTensor",
+    "ScaleSearch",
+    "WeightError",
+    "dequantize",
+    "nvfp4_global_scale",
+    "quantize_weight",
+    "range_factors",
+    "scale_shape",
+    "static_qparams",
+    "weight_amax",
+    "weight_error",
+]

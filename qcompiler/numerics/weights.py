@@ -1,0 +1,204 @@
+"""Weights to codes and back, in cache-sized pieces: memory beyond the result is two pieces, whatever the tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qcompiler.numerics.elements import code_dtype, decode, round_to_codes, round_to_values
+from qcompiler.numerics.scales import nvfp4_global_scale, qparams, scale_value
+from qcompiler.numerics.tensor import Piece, QuantizedTensor, pieces, scale_shape
+from qcompiler.scheme import QuantSpec, Strategy
+
+ScaleSearch = Literal["minmax", "mse"]
+
+_MAGNITUDE = 0x7FFFFFFF  # float32 without its sign
+
+
+def quantize_weight(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    scales: ScaleSearch = "minmax",
+    scale_dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+) -> QuantizedTensor:
+    """Round a weight [O, I] to nearest (ties to even) with scales that are already rounded to their on-disk dtype.
+
+    `scales="minmax"` covers each range; `"mse"` takes of `range_factors` the one with the least squared error. As 1 is
+    one of them, that is never worse. `global_scale` is NVFP4's (float32 [1]; by default this tensor's own).
+
+    Raises `ValueError` on NaN or infinite values, `LegalityError` if the group size does not divide I.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    if spec.is_nvfp4 and global_scale is None:
+        global_scale = nvfp4_global_scale(weight_amax(weight))
+    if spec.is_nvfp4 or spec.is_mx:
+        scale_dtype = torch.float8_e4m3fn if spec.is_nvfp4 else torch.uint8
+    scale = torch.empty(scale_shape(spec, *shape), dtype=scale_dtype, device=weight.device)
+    zero = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int8)
+    codes = torch.empty(shape, dtype=code_dtype(spec), device=weight.device)
+    window = _Window(weight, spec, global_scale)
+    for band in _bands(weight, spec):
+        low, high = window.range(band)
+        factors = range_factors(spec) if scales == "mse" else (1.0,)
+        choices = (
+            qparams(low * f, high * f, spec, scale_dtype=scale_dtype, global_scale=global_scale) for f in factors
+        )
+        band_scale, band_zero = next(choices) if len(factors) == 1 else window.best(band, choices)
+        for piece in band:
+            piece.grid(scale).copy_(band_scale)
+            if zero is not None and band_zero is not None:
+                piece.grid(zero).copy_(band_zero)
+            piece.elements(codes).copy_(round_to_codes(window.scaled(piece, band_scale, band_zero), spec))
+    return QuantizedTensor(spec, shape, codes, scale, zero, global_scale)
+
+
+def range_factors(spec: QuantSpec) -> tuple[float, ...]:
+    """The grid of `scales="mse"`: factors on the min-max range, 1 first."""
+    return (1.0, *(1.0 - i / 50 for i in range(1, 26)))
+
+
+def weight_amax(weight: Tensor) -> Tensor:
+    """The largest magnitude in a weight (float32 [1]), NaN if it holds one."""
+    low, high = torch.aminmax(weight)
+    return torch.maximum(-low, high).to(torch.float32).reshape(1)
+
+
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The weight [O, I] that Transformers computes with when the model's dtype is `dtype`, bit for bit.
+
+    compressed-tensors casts codes and scales to the model's dtype first and multiplies there. Its FP4 and MX
+    decompressors always work in bfloat16 (NVFP4's product is float32, then rounded to bfloat16): so does this.
+    """
+    spec = quantized.spec
+    out = torch.empty(quantized.shape, dtype=dtype, device=quantized.codes.device)
+    if spec.is_nvfp4 or spec.is_mx:
+        scale = scale_value(quantized.scale, spec, quantized.global_scale)
+    else:
+        scale = quantized.scale.to(dtype)
+    for piece in pieces(spec, quantized.shape, out.device):
+        values = decode(piece.elements(quantized.codes), spec, scale.dtype)
+        if quantized.zero_point is not None:
+            values.sub_(piece.grid(quantized.zero_point))
+        values.mul_(piece.grid(scale))
+        piece.elements(out).copy_(values.to(torch.bfloat16) if spec.is_nvfp4 or spec.is_mx else values)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """How far a quantized weight is from its original. Errors of several weights add up."""
+
+    squared_error: float  # ||W - Q||^2
+    squared_norm: float  # ||W||^2
+
+    @property
+    def relative(self) -> float:
+        """||W - Q||^2 / ||W||^2, and 0 for an all-zero weight."""
+        return self.squared_error / self.squared_norm if self.squared_norm else 0.0
+
+    def __add__(self, other: WeightError) -> WeightError:
+        return WeightError(self.squared_error + other.squared_error, self.squared_norm + other.squared_norm)
+
+
+def weight_error(weight: Tensor, quantized: QuantizedTensor) -> WeightError:
+    """The error of `quantized` (multiplied out in float32) against the weight [O, I] it came from."""
+    spec = quantized.spec
+    scale = scale_value(quantized.scale, spec, quantized.global_scale)
+    totals = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for piece in pieces(spec, quantized.shape, weight.device):
+        values = decode(piece.elements(quantized.codes), spec, torch.float32)
+        if quantized.zero_point is not None:
+            values.sub_(piece.grid(quantized.zero_point))
+        original = piece.elements(weight).to(torch.float32)
+        values.mul_(piece.grid(scale)).sub_(original)
+        totals += torch.stack([values.norm(), original.norm()]).to(torch.float64).square_()
+    error, norm = totals.tolist()
+    return WeightError(error, norm)
+
+
+def _bands(weight: Tensor, spec: QuantSpec) -> Iterator[Sequence[Piece]]:
+    """Pieces that must be seen together because they share a scale: all of them for strategy tensor, else each alone."""
+    cut = pieces(spec, (weight.shape[0], weight.shape[1]), weight.device)
+    if spec.strategy is Strategy.TENSOR:
+        yield list(cut)
+    else:
+        for piece in cut:
+            yield [piece]
+
+
+class _Window:
+    """The piece of a weight under work, in float32, with scratch of the same size."""
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> None:
+        self._weight = weight
+        self._spec = spec
+        self._global_scale = global_scale
+        self._buffers = torch.empty((2, 0), device=weight.device)
+        self._loaded: Piece | None = None
+
+    def _load(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """(the piece's values, scratch of their shape): [tiles down, tile rows, tiles across, tile columns]."""
+        source = piece.elements(self._weight)
+        if self._buffers.shape[1] < piece.numel:
+            self._buffers = self._buffers.new_empty((2, piece.numel))
+        values, scratch = (buffer[: piece.numel].view(source.shape) for buffer in self._buffers)
+        if piece is not self._loaded:
+            values.copy_(source)
+            self._loaded = piece
+        return values, scratch
+
+    def range(self, band: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+        """The lowest and highest value per tile; for symmetric codes, minus and plus the largest magnitude."""
+        lows, highs = zip(*(self._piece_range(piece) for piece in band), strict=True)
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+
+    def _piece_range(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        values, scratch = self._load(piece)
+        if not self._spec.symmetric:
+            return values.amin((1, 3), keepdim=True), values.amax((1, 3), keepdim=True)
+        # Magnitudes order as the integers of their bits, NaN above infinity above all numbers, and integers reduce
+        # up to seven times faster.
+        bits = torch.bitwise_and(values.view(torch.int32), _MAGNITUDE, out=scratch.view(torch.int32))
+        high = bits.amax((1, 3), keepdim=True).view(torch.float32)
+        return -high, high
+
+    def scaled(self, piece: Piece, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """w / scale + zero point, in scratch."""
+        values, scratch = self._load(piece)
+        torch.div(values, scale_value(scale, self._spec, self._global_scale), out=scratch)
+        return scratch if zero is None else scratch.add_(zero)
+
+    def best(
+        self, band: Sequence[Piece], choices: Iterator[tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Per tile, the scale and zero point with the least squared error; the earlier one of equals."""
+        scale, zero = next(choices)
+        least = self._error(band, scale, zero)
+        for other_scale, other_zero in choices:
+            error = self._error(band, other_scale, other_zero)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale = torch.where(better, other_scale, scale)
+            if zero is not None and other_zero is not None:
+                zero = torch.where(better, other_zero, zero)
+        return scale, zero
+
+    def _error(self, band: Sequence[Piece], scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The squared error per tile."""
+        value = scale_value(scale, self._spec, self._global_scale)
+        total = torch.zeros_like(value)
+        for piece in band:
+            rounded = round_to_values(self.scaled(piece, scale, zero), self._spec)
+            if zero is not None:
+                rounded.sub_(zero)
+            rounded.mul_(value).sub_(self._load(piece)[0])
+            # Two norms of one dimension each: on CPU one over two dimensions is not vectorized.
+            norms = torch.linalg.vector_norm(rounded, dim=3, keepdim=True)
+            total += torch.linalg.vector_norm(norms, dim=1, keepdim=True).square_()
+        return total

@@ -1,0 +1,122 @@
+"""The pass protocol.
+
+A `GraphPass` edits the whole graph at once. A `StreamingPass` works on one partition at a time, with its weights at hand:
+consecutive streaming passes are fused into one sweep, so that a partition is loaded, solved and written before the next is
+touched, and memory does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from qcompiler.ir.graph import Graph, Partition, Stage
+from qcompiler.numerics.tensor import QuantizedTensor
+from qcompiler.report import Report
+
+if TYPE_CHECKING:
+    from qcompiler.data.batches import TokenData
+    from qcompiler.runtime.statistics import Statistic
+    from qcompiler.source import ModelSource
+
+
+class Pass(ABC):
+    """Base of all passes: a frozen dataclass whose fields are its options.
+
+    `requires` are the stages of a graph that it accepts, `ensures` the stage that it leaves (None: unchanged).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Stage]]
+    ensures: ClassVar[Stage | None] = None
+
+
+class GraphPass(Pass):
+    """A pass over the whole graph. It reads no weight."""
+
+    @abstractmethod
+    def run(self, graph: Graph, context: Context) -> None:
+        """Edit or annotate `graph`; say in `context.report` what a user should know. Raises a `QCompilerError`."""
+
+
+class StreamingPass(Pass):
+    """A pass that works partition by partition."""
+
+    @abstractmethod
+    def begin(self, graph: Graph, context: Context) -> PartitionStep:
+        """Start a sweep; the step is called once per partition, in order."""
+
+
+class PartitionStep(ABC):
+    """One sweep of one streaming pass."""
+
+    @abstractmethod
+    def partition(self, work: PartitionWork) -> None:
+        """Do this pass's part for one partition."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """After the last partition: bring the graph to the stage that the pass ensures."""
+
+    def abort(self) -> None:
+        """The sweep failed: leave nothing behind."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A solved linear: its quantized weight, and what was measured of its input (None where nothing is static)."""
+
+    weight: QuantizedTensor
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+    input_global_scale: Tensor | None = None
+
+
+@dataclass(slots=True)
+class PartitionWork:
+    """What a step sees of one partition.
+
+    `weights` are its parameters and buffers by path, in the model's dtype, on the device. `statistics` are what observers
+    collected, by id. Steps fill `solved` (by module path) and `extra` (tensors to write besides, by key).
+    """
+
+    partition: Partition
+    weights: dict[str, Tensor]
+    statistics: Mapping[str, Statistic]
+    solved: dict[str, Solved] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where the checkpoint goes."""
+
+    folder: Path
+    overwrite: bool = False
+
+
+@dataclass(slots=True)
+class Context:
+    """What passes may use besides the graph.
+
+    `source` is the model with its (lazily read) weights, `data` gives the calibration batches when a sweep needs them,
+    `output` is where the checkpoint goes (None while planning).
+    """
+
+    source: ModelSource
+    report: Report
+    target: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    data: Callable[[], TokenData] | None = None
+    output: Destination | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    provenance: dict[str, object] = field(default_factory=dict)

@@ -1,0 +1,101 @@
+"""Run a pipeline: check the order, time each pass, verify the graph after it, fuse streaming passes into sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+
+from qcompiler.errors import ConfigError, did_you_mean
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.spec import verify
+from qcompiler.pipeline.base import Context, GraphPass, Pass, StreamingPass
+from qcompiler.pipeline.pipeline import Pipeline
+from qcompiler.report import Timing
+from qcompiler.runtime.executor import sweep
+
+Printer = Callable[[str, Graph], None]
+
+
+def check_order(pipeline: Pipeline) -> None:
+    """Refuse, before anything runs, a pipeline in which a pass would meet a graph of the wrong stage.
+
+    Raises `ConfigError` that names the pass and what it needs.
+    """
+    stage = Stage.CAPTURED
+    for item in pipeline.flat():
+        if stage not in item.requires:
+            wanted = " or ".join(str(s) for s in sorted(item.requires))
+            raise ConfigError(
+                f"pipeline {pipeline.name}: pass {item.name} needs a graph that is {wanted}, and here it is {stage}",
+                hint="the usual order is assign, legalize, insert-observers, calibrate, lower",
+            )
+        stage = item.ensures if item.ensures is not None else stage
+
+
+def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
+    """Run the passes up to the first that needs weights. This is all that a plan does."""
+    verify(graph, after="capture")
+    for item in pipeline.flat():
+        if not isinstance(item, GraphPass):
+            return
+        start = perf_counter()
+        item.run(graph, context)
+        _done(item, graph, context, perf_counter() - start, show)
+
+
+def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
+    """Run what follows: every stretch of consecutive streaming passes as one sweep over the partitions."""
+    items = list(pipeline.flat())
+    first = next((i for i, item in enumerate(items) if isinstance(item, StreamingPass)), len(items))
+    for stretch in _stretches(items[first:]):
+        if isinstance(stretch, GraphPass):
+            start = perf_counter()
+            stretch.run(graph, context)
+            _done(stretch, graph, context, perf_counter() - start, show)
+            continue
+        steps = [item.begin(graph, context) for item in stretch]
+        try:
+            spent = sweep(graph, steps, context)
+            for item, step, seconds in zip(stretch, steps, spent.steps, strict=True):
+                start = perf_counter()
+                step.finish()
+                _done(item, graph, context, seconds + perf_counter() - start, show)
+        except BaseException:
+            for step in steps:
+                step.abort()
+            raise
+        context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts]
+
+
+def _stretches(items: Sequence[Pass]) -> Iterator[GraphPass | list[StreamingPass]]:
+    streaming: list[StreamingPass] = []
+    for item in items:
+        if isinstance(item, StreamingPass):
+            streaming.append(item)
+            continue
+        if streaming:
+            yield streaming
+            streaming = []
+        assert isinstance(item, GraphPass)
+        yield item
+    if streaming:
+        yield streaming
+
+
+def _done(item: Pass, graph: Graph, context: Context, seconds: float, show: Printer | None) -> None:
+    if item.ensures is not None:
+        graph.stage = item.ensures
+    verify(graph, after=item.name)
+    context.report.timings.append(Timing(item.name, seconds))
+    if show is not None:
+        show(item.name, graph)
+
+
+def check_print_after(names: Sequence[str], pipeline: Pipeline) -> None:
+    """Raise `ConfigError` for a pass to print after that the pipeline does not run."""
+    known = [item.name for item in pipeline.flat()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--print-after {name}: pipeline {pipeline.name} has no such pass{did_you_mean(name, known)}"
+            )

@@ -1,0 +1,77 @@
+"""What came of a compilation, for people and for `qcompiler.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something a user should know. A `fallback` did something else than was asked for."""
+
+    kind: Literal["info", "fallback"]
+    text: str
+
+
+@dataclass(slots=True)
+class LayerRow:
+    """One linear, bare linear or expert block.
+
+    `bytes` are its tensors on disk, bias included; `dense_bytes` what they were. `bits_per_weight` counts scales and zero
+    points. `error` is ||W - Q||^2 / ||W||^2 of the weight, None where it stays dense or was not calibrated.
+    """
+
+    path: str
+    kind: str
+    structure: str | None
+    layer: int | None
+    shape: tuple[int, int]
+    scheme: str | None
+    format: str | None
+    solver: str | None
+    because: str
+    bytes: int
+    dense_bytes: int
+    bits_per_weight: float
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds that one pass, or one part of a sweep over the partitions, took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Report:
+    """Rows per layer, bytes in total, notes, and time per pass."""
+
+    model: str = ""
+    pipeline: str = ""
+    target: str = ""
+    layers: list[LayerRow] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    total_bytes: int = 0
+    dense_total_bytes: int = 0
+    config_summary: str = ""
+
+    def info(self, text: str) -> None:
+        self._note(Note("info", text))
+
+    def fallback(self, text: str) -> None:
+        self._note(Note("fallback", text))
+
+    def _note(self, note: Note) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def row(self, path: str) -> LayerRow:
+        return next(row for row in self.layers if row.path == path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)

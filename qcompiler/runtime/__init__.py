@@ -1,0 +1,1 @@
+"""Running captured graphs: one partition at a time, on weights that are held only while they are needed."""

@@ -1,0 +1,122 @@
+"""Activations that cross partition borders, batch by batch, on the host; and running batches through a partition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.data.batches import TokenBatch
+from qcompiler.ir.annotations import Leaf, get
+from qcompiler.ir.fx import Node, is_op, mutates
+from qcompiler.ir.graph import Graph, Partition
+from qcompiler.runtime.evaluate import Handler, evaluate
+
+Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
+
+
+def tensor_paths(graph: Graph, part: Partition) -> list[str]:
+    """The parameters and buffers that a partition's nodes use, by path, in order of use."""
+    paths: dict[str, None] = {}
+    for node in part.nodes:
+        leaf = get(node, Leaf)
+        if node.op == "get_attr":
+            paths[str(node.target)] = None
+        elif leaf is not None and node.op == "call_module":
+            module = graph.model.get_submodule(leaf.path)
+            for name, _ in (*module.named_parameters(), *module.named_buffers()):
+                paths[f"{leaf.path}.{name}"] = None
+    return list(paths)
+
+
+def depends_on_tokens(graph: Graph) -> set[Node]:
+    """Nodes whose values depend on which tokens came in, not only on how many (masks and rotary tables do not)."""
+    found = {graph.input}
+    for node in graph.nodes:
+        if not is_op(node, "aten.sym_size") and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+class Stream:
+    """The batches on their way through the partitions.
+
+    Values that depend on the tokens are kept for every batch; those that depend on the shape alone are computed and kept
+    once per shape. Everything waits on the host, in the dtype that the graph gives it.
+    """
+
+    def __init__(
+        self, graph: Graph, parts: Sequence[Partition], batches: Sequence[TokenBatch], device: torch.device
+    ) -> None:
+        self._graph = graph
+        self._batches = batches
+        self._device = device
+        self._tokens = depends_on_tokens(graph)
+        # A value that is written in place cannot be shared between batches.
+        if any(mutates(node) for node in graph.nodes if node not in self._tokens):
+            self._tokens = set(graph.nodes)
+        self._last_reader = {node: index for index, part in enumerate(parts) for node in part.reads}
+        self._last_reader[graph.output] = len(parts)  # the caller reads it
+        self._index = {part.name: index for index, part in enumerate(parts)}
+        self._values: list[dict[Node, Any]] = [{graph.input: batch.input_ids} for batch in batches]
+        self._shared: dict[torch.Size, dict[Node, Any]] = {batch.input_ids.shape: {} for batch in batches}
+
+    def run(
+        self, part: Partition, nodes: Sequence[Node], weights: Mapping[str, Tensor], handlers: Handlers, *, keep: bool
+    ) -> None:
+        """Run every batch through `nodes` of `part`; `keep` what later partitions read, and let go of what none does."""
+        index = self._index[part.name]
+        later = [node for node in part.writes if self._last_reader.get(node, -1) > index]
+        by_tokens = [node for node in nodes if node in self._tokens]
+        by_shape = [node for node in nodes if node not in self._tokens]
+        wanted = {node for node in by_shape if any(user in self._tokens for user in node.users)} | {
+            node for node in later if node not in self._tokens
+        }
+        for shape, shared in self._shared.items():
+            example = next(batch for batch in self._batches if batch.input_ids.shape == shape)
+            values = {**shared, self._graph.input: example.input_ids}
+            shared |= self._evaluate(by_shape, values, weights, wanted, {})
+        for batch, own in zip(self._batches, self._values, strict=True):
+            values = {**self._shared[batch.input_ids.shape], **own}
+            kept = [node for node in later if node in self._tokens] if keep else []
+            own |= self._evaluate(by_tokens, values, weights, kept, handlers(batch))
+            if keep:
+                self._forget(own, index)
+        if keep:
+            for shared in self._shared.values():
+                self._forget(shared, index)
+
+    def _forget(self, values: dict[Node, Any], index: int) -> None:
+        for node in [n for n in values if self._last_reader.get(n, -1) <= index]:
+            del values[node]
+
+    def _evaluate(
+        self,
+        nodes: Iterable[Node],
+        values: dict[Node, Any],
+        weights: Mapping[str, Tensor],
+        keep: Iterable[Node],
+        handlers: Mapping[Any, Handler],
+    ) -> dict[Node, Any]:
+        here = {node: _to(value, self._device) for node, value in values.items()}
+        with torch.no_grad():
+            kept = evaluate(
+                nodes,
+                here,
+                root=self._graph.model,
+                tensors=weights,
+                device=self._device,
+                keep=keep,
+                handlers=handlers,
+            )
+        return {node: _to(value, torch.device("cpu")) for node, value in kept.items()}
+
+    def outputs(self) -> list[Tensor]:
+        """The logits of every batch, once the last partition was run with `keep`."""
+        return [values[self._graph.output] for values in self._values]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

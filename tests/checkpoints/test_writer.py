@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompiler.checkpoints.header import DTYPES, tensor_bytes
+from qcompiler.checkpoints.reader import CheckpointReader, RawTensor
+from qcompiler.checkpoints.writer import CheckpointWriter, write_safetensors
+from qcompiler.errors import CheckpointError
+
+FINGERPRINT = {"inputs": {"model.safetensors": [10, "abc"]}, "pipeline": ["int4"], "version": "1"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    safetensors.torch.save_file({"x": torch.arange(1000)}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "pytorch_model.bin", ".hidden", "README.md", "LICENSE", "code.py"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def begin(output: Path, source: Path, **options: Any) -> CheckpointWriter:
+    defaults = {"fingerprint": FINGERPRINT, "shards": 2, "predicted_bytes": 0}
+    return CheckpointWriter.open(output, source=source, **{**defaults, **options})
+
+
+def write_two(writer: CheckpointWriter) -> None:
+    writer.add_shard(0, {"a": torch.ones(3)})
+    writer.add_shard(1, {"b": torch.ones(2, dtype=torch.bfloat16), "c": torch.ones(())})
+    writer.finish({"config.json": "{}"})
+
+
+def old_output(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    return folder
+
+
+def traces(folder: Path) -> set[str]:
+    """What lies beside the source."""
+    return {path.name for path in folder.iterdir()} - {"source"}
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    dtype = draw(st.sampled_from([d for d in DTYPES.values() if d is not torch.bool]))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    count = tensor_bytes(dtype, shape)
+    values = torch.tensor(draw(st.lists(st.integers(0, 255), min_size=count, max_size=count)), dtype=torch.uint8)
+    return values.view(dtype).reshape(shape)
+
+
+@given(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), tensors(), max_size=6))
+def test_files_are_those_of_the_safetensors_library(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, torch.Tensor]
+) -> None:
+    values.pop("__metadata__", None)
+    file = tmp_path_factory.getbasetemp() / "model.safetensors"
+    write_safetensors(file, values)
+    assert file.read_bytes() == safetensors.torch.save(values, {"format": "pt"})
+    with CheckpointReader.open(file.parent) as reader:
+        assert set(reader.tensors) == set(values)
+        assert sum(m.nbytes for m in reader.tensors.values()) == sum(t.nbytes for t in values.values())
+        for key, value in values.items():
+            assert torch.equal(reader.read(key).flatten().view(torch.uint8), value.flatten().view(torch.uint8))
+        write_safetensors(file.with_name("copy"), {key: RawTensor(reader, key) for key in values})
+    assert file.with_name("copy").read_bytes() == file.read_bytes()
+
+
+def test_strided_and_bool_tensors_are_written_in_order(tmp_path: Path) -> None:
+    value = torch.arange(12.0).reshape(3, 4)
+    write_safetensors(tmp_path / "x", {"t": value.T, "s": value[:, 1], "e": value[:1].expand(2, 4), "b": value > 3})
+    read = safetensors.torch.load_file(tmp_path / "x")
+    assert torch.equal(read["t"], value.T)
+    assert torch.equal(read["s"], value[:, 1])
+    assert torch.equal(read["e"], value[:1].expand(2, 4))
+    assert torch.equal(read["b"], value > 3)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "match"),
+    [
+        (torch.ones(1, device="meta"), "'x' has no values"),
+        (torch.eye(2).to_sparse(), "'x' is torch.sparse_coo"),
+        (torch.ones(1, dtype=torch.complex128), "'x': safetensors cannot store torch.complex128"),
+    ],
+)
+def test_what_safetensors_cannot_store_is_refused_before_the_file_exists(
+    tensor: torch.Tensor, match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        write_safetensors(tmp_path / "f", {"x": tensor})
+    assert not (tmp_path / "f").exists()
+
+
+def test_shards_and_index_become_the_output_at_once(tmp_path: Path, source: Path) -> None:
+    output = tmp_path / "out"
+    with CheckpointReader.open(source) as reader, begin(output, source) as writer:
+        writer.add_shard(1, {"x": RawTensor(reader, "x")})
+        writer.add_shard(0, {"a": torch.ones(3)})
+        (writer.scratch / "codes").write_text("x")
+        assert not output.exists()
+        writer.finish({"config.json": "{}"}, companions=source)
+    assert traces(tmp_path) == {"out"}
+    assert {p.name for p in output.iterdir()} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.json",
+        "LICENSE",
+        "code.py",
+    }
+    assert (output / "config.json").read_text() == "{}"
+    assert json.loads((output / "model.safetensors.index.json").read_text()) == {
+        "metadata": {"total_size": 8012},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"},
+    }
+    with CheckpointReader.open(output) as reader:
+        assert torch.equal(reader.read("x"), torch.arange(1000))
+
+
+def test_one_shard_is_a_single_file(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "a" / "out", source, shards=1) as writer:
+        writer.add_shard(0, {"a": torch.ones(3)})
+        writer.finish({"config.json": "{}"})
+    assert {p.name for p in (tmp_path / "a" / "out").iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_an_existing_output_is_refused_before_anything_is_done(tmp_path: Path, source: Path) -> None:
+    old_output(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="the output exists"):
+        begin(tmp_path / "out", source)
+    assert traces(tmp_path) == {"out"}
+
+
+def test_overwriting_replaces_the_folder_as_a_whole(tmp_path: Path, source: Path) -> None:
+    (old_output(tmp_path / "out") / "stale.txt").write_text("")
+    with begin(tmp_path / "out", source, overwrite=True) as writer:
+        writer.add_shard(0, {"a": torch.ones(3)})
+        assert (tmp_path / "out" / "config.json").read_text() == "old"
+        writer.add_shard(1, {"b": torch.ones(3)})
+        writer.finish({"config.json": "new"})
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert traces(tmp_path) == {"out"}
+
+
+def test_a_folder_that_is_no_model_is_never_overwritten(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match="no model folder"):
+        begin(tmp_path / "home", source, overwrite=True)
+
+
+@pytest.mark.parametrize(("where", "how"), [(".", "is"), ("sub", "lies inside"), ("..", "contains")])
+def test_output_and_input_lie_apart(where: str, how: str, tmp_path: Path, source: Path) -> None:
+    before = sorted(source.iterdir())
+    with pytest.raises(CheckpointError, match=f"the output {how} the input"):
+        begin(source / where, source, overwrite=True)
+    assert sorted(source.iterdir()) == before
+
+
+def test_a_link_to_the_input_is_still_the_input(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(CheckpointError, match="the output is the input"):
+        begin(tmp_path / "link", source, overwrite=True)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_exception_leaves_the_old_output_or_none(existed: bool, tmp_path: Path, source: Path) -> None:
+    if existed:
+        old_output(tmp_path / "out")
+
+    def fail() -> None:
+        with begin(tmp_path / "out", source, overwrite=True) as writer:
+            writer.add_shard(0, {"a": torch.ones(3)})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert traces(tmp_path) == ({"out"} if existed else set())
+    assert not existed or (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_a_kept_partial_folder_is_resumed_at_its_finished_shards(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source, keep=True) as writer:
+        writer.add_shard(0, {"a": torch.ones(3)})
+        (writer.scratch / "codes").write_text("x")
+    assert traces(tmp_path) == {".out.partial"}
+    with begin(tmp_path / "out", source, resume=True) as writer:
+        assert writer.finished == {0}
+        assert (writer.scratch / "codes").read_text() == "x"
+        assert torch.equal(safetensors.torch.load_file(writer.shard_file(0))["a"], torch.ones(3))
+        with pytest.raises(CheckpointError, match="already written"):
+            writer.add_shard(0, {})
+        with pytest.raises(CheckpointError, match=r"'a' is already in model-00001"):
+            writer.add_shard(1, {"a": torch.ones(1)})
+        writer.add_shard(1, {"b": torch.ones(3)})
+        writer.finish({"config.json": "{}"})
+    with CheckpointReader.open(tmp_path / "out") as reader:
+        assert set(reader.tensors) == {"a", "b"}
+
+
+@pytest.mark.parametrize("change", [{"shards": 3}, {"fingerprint": {**FINGERPRINT, "pipeline": ["int8"]}}])
+def test_a_partial_folder_of_other_inputs_is_not_resumed(change: dict[str, Any], tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source, keep=True) as writer:
+        writer.add_shard(0, {"a": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=f"begun with other inputs: {'shards' if 'shards' in change else 'pip'}"):
+        begin(tmp_path / "out", source, resume=True, **change)
+    with begin(tmp_path / "out", source, resume=True, keep=True) as writer:
+        assert writer.finished == {0}
+    with begin(tmp_path / "out", source, **change) as writer:
+        assert not writer.finished
+
+
+def test_a_run_that_does_not_resume_starts_afresh(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source, keep=True) as writer:
+        writer.add_shard(0, {"a": torch.ones(3)})
+    with begin(tmp_path / "out", source) as writer:
+        assert not writer.finished
+        write_two(writer)
+    assert (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source) as writer:
+        with pytest.raises(CheckpointError, match="another run is writing it"):
+            begin(tmp_path / "out", source, resume=True)
+        write_two(writer)
+    assert traces(tmp_path) == {"out"}
+
+
+def test_an_unfinished_checkpoint_is_not_published(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source) as writer:
+        writer.add_shard(1, {"a": torch.ones(3)})
+        with pytest.raises(CheckpointError, match=r"shards \[0\] are not written"):
+            writer.finish({})
+    assert traces(tmp_path) == set()
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source) as writer:
+        old_output(tmp_path / "out")
+        with pytest.raises(CheckpointError, match="the output exists"):
+            write_two(writer)
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_a_failing_exchange_puts_the_old_output_back(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_output(tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint":
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with begin(tmp_path / "out", source, overwrite=True) as writer, pytest.raises(CheckpointError, match="Permission"):
+        write_two(writer)
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert traces(tmp_path) == {"out"}
+
+
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+import torch
+from qcompiler.checkpoints.reader import RawTensor
+from qcompiler.checkpoints.writer import CheckpointWriter
+import qcompiler.checkpoints.output as output
+
+out, source, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+class Half(RawTensor):
+    dtype, shape = torch.float32, (100_000,)
+    def copy_bytes(self, write):
+        write(bytes(200_000))
+        die()
+rename, rmtree = Path.rename, output.shutil.rmtree
+if moment == "exchange":
+    Path.rename = lambda self, to: die() if self.name == "checkpoint" else rename(self, to)
+if moment == "cleanup":
+    output.shutil.rmtree = die
+with CheckpointWriter.open(out, source=source, fingerprint={"f": 1}, shards=2, predicted_bytes=0, overwrite=True) as w:
+    w.add_shard(0, {"a": torch.ones(3)})
+    w.add_shard(1, {"b": Half(None, "b") if moment == "shard" else torch.zeros(100_000)})
+    w.finish({"config.json": "new"})
+"""
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("moment", ["shard", "exchange", "cleanup"])
+def test_kill_9_leaves_the_old_output_or_the_new_and_a_resumable_rest(
+    moment: str, existed: bool, tmp_path: Path, source: Path
+) -> None:
+    out = tmp_path / "out"
+    if existed:
+        old_output(out)
+    done = subprocess.run([sys.executable, "-c", KILLED, out, source, moment], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if moment == "cleanup":
+        assert (out / "config.json").read_text() == "new"
+    elif moment == "shard":
+        assert (out / "config.json").read_text() == "old" if existed else not out.exists()
+    options = {"fingerprint": {"f": 1}, "overwrite": True, "resume": True}
+    with begin(out, source, **options) as writer:  # puts the old output back if the kill fell between two renames
+        if moment != "cleanup":
+            assert (out / "config.json").read_text() == "old" if existed else not out.exists()
+        assert writer.finished == {"shard": {0}, "exchange": {0, 1}, "cleanup": set()}[moment]
+        for index in {0, 1} - writer.finished:
+            writer.add_shard(index, {f"n{index}": torch.zeros(5)})
+        writer.finish({"config.json": "second"})
+    assert (out / "config.json").read_text() == "second"
+    assert traces(tmp_path) == {"out"}
+    with CheckpointReader.open(out) as reader:
+        assert len(reader.tensors) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_too_small_is_refused_before_work_begins(small_disk: Path, source: Path) -> None:
+    old_output(small_disk / "out")
+    with pytest.raises(CheckpointError, match=r"10000000 more bytes are needed and \d+ are free"):
+        begin(small_disk / "out", source, predicted_bytes=10_000_000, overwrite=True)
+    assert traces(small_disk) == {"out"}
+
+
+@pytest.mark.parametrize("predicted", [3_000_000, 4_000_000])
+def test_a_disk_that_fills_up_leaves_the_old_output(predicted: int, small_disk: Path, source: Path) -> None:
+    old_output(small_disk / "out")
+    message = r"disk is full: 3000000 more bytes are needed and [12]\d{6} are free"
+    with begin(small_disk / "out", source, predicted_bytes=predicted, overwrite=True) as writer:
+        writer.add_shard(0, {"a": torch.zeros(250_000)})
+        (small_disk / "neighbour").write_bytes(bytes(1_500_000))
+        with pytest.raises(CheckpointError, match=message):
+            writer.add_shard(1, {"b": torch.zeros(750_000)})
+    assert (small_disk / "out" / "config.json").read_text() == "old"
+    assert traces(small_disk) == {"out", "neighbour"}
+
+
+def test_finished_shards_count_towards_the_space_that_is_needed(small_disk: Path, source: Path) -> None:
+    with begin(small_disk / "out", source, predicted_bytes=4_000_000, keep=True) as writer:
+        writer.add_shard(0, {"a": torch.zeros(500_000)})
+    with begin(small_disk / "out", source, predicted_bytes=4_000_000, resume=True) as writer:
+        assert writer.finished == {0}
+        writer.add_shard(1, {"b": torch.zeros(400_000)})
+        writer.finish({"config.json": "{}"})
+    assert os.listdir(small_disk) == ["out"]
+
+
+def test_a_parent_that_is_no_folder_is_a_clean_error(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"Not a directory|File exists"):
+        begin(tmp_path / "file" / "out", source)

@@ -1,0 +1,471 @@
+"""Calibration data end to end: formats, columns, selection, packing, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+
+from qcompiler.data import CalibrationSpec, TokenData, load_calibration
+from qcompiler.data.sources import SHUFFLE_BUFFER, in_order
+from qcompiler.errors import DataError
+from tests.data.conftest import VOCABULARY
+
+TEXTS = [f"text number {i} " + "x" * (7 * i % 23) for i in range(40)]
+
+
+def spec(dataset: str | Path | None = None, **options: Any) -> CalibrationSpec:
+    return CalibrationSpec(**{"dataset": dataset, "samples": 40, "sequence_length": 64, **options})
+
+
+def load(
+    spec: CalibrationSpec, tokenizer: Path | None = None, rows: Any = None, max_window: int | None = None
+) -> TokenData:
+    return load_calibration(spec, tokenizer, vocab_size=VOCABULARY, max_window=max_window, rows=rows)
+
+
+def sequences(data: TokenData) -> list[tuple[int, ...]]:
+    return [
+        tuple(ids[mask].tolist())
+        for batch in data.batches
+        for ids, mask in zip(batch.input_ids, batch.token_mask, strict=True)
+    ]
+
+
+def encoded(folder: Path, texts: list[str]) -> list[tuple[int, ...]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tuple(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".csv":
+            Dataset.from_list(rows).to_csv(path)
+        case ".parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        case ".arrow":
+            Dataset.from_list(rows).save_to_disk(path.parent / "saved")
+            next((path.parent / "saved").glob("*.arrow")).rename(path)
+    return path
+
+
+# --- where rows come from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_each_file_format_gives_the_tokens_of_its_text_column(
+    tmp_path: Path, tokenizer_folder: Path, suffix: str
+) -> None:
+    path = write(tmp_path / f"rows{suffix}", [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+    data = load(spec(path), tokenizer_folder)
+    assert sorted(sequences(data)) == sorted(encoded(tokenizer_folder, TEXTS))
+    assert data.notes == ()
+
+
+def test_a_saved_dataset_and_the_dataset_itself_give_the_same_data(tmp_path: Path, tokenizer_folder: Path) -> None:
+    dataset = Dataset.from_dict({"text": TEXTS})
+    dataset.save_to_disk(tmp_path / "saved")
+    from_disk = load(spec(tmp_path / "saved", samples=10), tokenizer_folder)
+    assert from_disk.fingerprint == load(spec(samples=10), tokenizer_folder, dataset).fingerprint
+    assert from_disk.fingerprint == load(spec(samples=10), tokenizer_folder, TEXTS).fingerprint
+
+
+def test_a_folder_reads_only_the_split_its_file_names_tell(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write(tmp_path / "train-00000-of-00002.parquet", [{"text": "a"}, {"text": "b"}] * 10)
+    write(tmp_path / "train-00001-of-00002.parquet", [{"text": "c"}] * 10)
+    write(tmp_path / "test_sft-00000-of-00001.parquet", [{"text": "z"}] * 40)
+    (tmp_path / "README.md").write_text("not data")
+
+    def texts(split: str | None) -> set[tuple[int, ...]]:
+        return set(sequences(load(spec(tmp_path, split=split, sequence_length=8), tokenizer_folder)))
+
+    assert texts(None) == texts("train") == set(encoded(tokenizer_folder, ["a", "b", "c"]))
+    assert texts("test") == texts("test_sft") == set(encoded(tokenizer_folder, ["z"]))
+    for absent in ("validation", "sft_train"):
+        with pytest.raises(DataError, match=rf"no file of split '{absent}'(.|\n)*file names: test, train"):
+            texts(absent)
+
+
+def test_a_folder_whose_names_tell_no_split_is_read_whole(tmp_path: Path, tokenizer_folder: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", [{"text": name * 30}])
+    data = load(spec(tmp_path), tokenizer_folder)
+    assert data.sequences == 2
+
+
+def test_a_folder_of_mixed_formats_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    write(tmp_path / "b.csv", [{"text": "b"}])
+    with pytest.raises(DataError, match=r"mixes \.csv, \.jsonl files"):
+        load(spec(tmp_path), tokenizer_folder)
+
+
+def test_splits_of_a_saved_dataset_are_chosen_and_listed(tmp_path: Path, tokenizer_folder: Path) -> None:
+    splits = DatasetDict(train=Dataset.from_dict({"text": TEXTS}), other=Dataset.from_dict({"text": ["only"] * 20}))
+    splits.save_to_disk(tmp_path / "saved")
+    for source, rows in ((tmp_path / "saved", None), (None, splits)):
+        assert load(spec(source), tokenizer_folder, rows).sequences == 40
+        assert load(spec(source, split="other"), tokenizer_folder, rows).sequences == 20
+        with pytest.raises(DataError, match=r"no split 'othr'; did you mean 'other'\?(.|\n)*splits: train, other"):
+            load(spec(source, split="othr"), tokenizer_folder, rows)
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    for source, rows in ((path, None), (None, TEXTS), (None, Dataset.from_dict({"text": TEXTS}))):
+        with pytest.raises(DataError, match="split 'train' was asked for"):
+            load(spec(source, split="train"), tokenizer_folder, rows)
+
+
+def test_a_hub_dataset_is_streamed_from_the_split_and_configuration_asked_for(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None, str, bool]] = []
+
+    def hub(path: str, name: str | None, *, split: str, streaming: bool, cache_dir: str) -> datasets.IterableDataset:
+        asked.append((path, name, split, streaming))
+        return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = load(spec("owner/name", config_name="en"), tokenizer_folder)
+    load(spec("owner/name", split="validation"), tokenizer_folder)
+    assert asked == [("owner/name", "en", "train", True), ("owner/name", None, "validation", True)]
+    assert sorted(sequences(data)) == sorted(encoded(tokenizer_folder, TEXTS))
+
+
+def test_a_configuration_of_what_has_none_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    for source, rows in ((path, None), (None, TEXTS)):
+        with pytest.raises(DataError, match="has no configurations, but 'en' was asked for"):
+            load(spec(source, config_name="en"), tokenizer_folder, rows)
+
+
+def test_python_rows_may_be_texts_mappings_ids_tensors_or_a_generator(tokenizer_folder: Path) -> None:
+    texts = ["short", "a longer text that follows" * 3]
+    ids = [list(one) for one in encoded(tokenizer_folder, texts)]
+    forms: list[Any] = [
+        texts,
+        [{"text": text} for text in texts],
+        ids,
+        [torch.tensor(one) for one in ids],
+        [np.array(one) for one in ids],
+        [{"input_ids": torch.tensor(one)} for one in ids],
+        (text for text in texts),
+        Dataset.from_dict({"input_ids": ids}).with_format("torch"),
+        Dataset.from_dict({"text": texts}).to_iterable_dataset(),
+    ]
+    found = [load(spec(shuffle=False), tokenizer_folder, rows).fingerprint for rows in forms]
+    assert len(set(found)) == 1
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [{"input_ids": list(range(n, n + 20))} for n in range(50)])
+    data = load(spec(path, shuffle=False), tokenizer=None)
+    assert sequences(data) == [tuple(range(n, n + 20)) for n in range(40)]
+
+
+def test_padding_that_an_attention_mask_marks_is_dropped() -> None:
+    rows = [{"input_ids": [0, 0, *range(5, 40)], "attention_mask": [0, 0, *[1] * 35]}] * 2
+    assert sequences(load(spec(), rows=rows)) == [tuple(range(5, 40))] * 2
+
+
+# --- columns and chats ----------------------------------------------------------------------------------------------
+
+
+def test_the_only_column_of_strings_is_found(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"id": i, "story": text} for i, text in enumerate(TEXTS)])
+    assert sorted(sequences(load(spec(path), tokenizer_folder))) == sorted(encoded(tokenizer_folder, TEXTS))
+
+
+def test_the_column_asked_for_wins(tokenizer_folder: Path) -> None:
+    rows = [{"text": "no", "summary": text} for text in TEXTS]
+    data = load(spec(text_column="summary"), tokenizer_folder, rows)
+    assert sorted(sequences(data)) == sorted(encoded(tokenizer_folder, TEXTS))
+
+
+def test_a_missing_column_is_refused_with_those_there_are(tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"no column 'txt'; did you mean 'text'\?(.|\n)*columns: id, text"):
+        load(spec(text_column="txt"), tokenizer_folder, [{"id": 1, "text": "a"}])
+
+
+def test_two_columns_of_strings_are_not_guessed_between(tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"not clear(.|\n)*columns: question, answer"):
+        load(spec(), tokenizer_folder, [{"question": "a", "answer": "b"}])
+
+
+def test_a_later_row_without_the_column_is_named(tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match="row 1 of rows has no column 'text'"):
+        load(spec(shuffle=False), tokenizer_folder, [{"text": "a"}, {"other": "b"}])
+
+
+def test_chats_go_through_the_template_without_a_second_begin_token(tmp_path: Path, tokenizer_folder: Path) -> None:
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day", "name": "Ann"}]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "messages": chat}] * 3)  # Arrow adds name: null to the first
+    (ids, *_) = sequences(load(spec(path, sequence_length=60), tokenizer_folder))
+    assert AutoTokenizer.from_pretrained(tokenizer_folder).decode(ids) == "user: Hello</s>assistant Ann: Good day</s>"
+    assert sequences(load(spec(sequence_length=60), tokenizer_folder, [chat] * 3))[0] == ids
+
+
+def test_chats_without_a_template_are_refused(templateless_folder: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Hello"}]}]
+    with pytest.raises(DataError, match="no chat template"):
+        load(spec(), templateless_folder, rows)
+
+
+def test_what_a_template_raises_names_the_row(tokenizer_folder: Path) -> None:
+    rows = [[{"role": "user", "content": "x"}], [{"role": "wizard", "content": "x"}]]
+    with pytest.raises(DataError, match=r"row 1 of rows cannot be encoded: .*unknown role"):
+        load(spec(shuffle=False), tokenizer_folder, rows)
+
+
+@pytest.mark.parametrize("row", [[1.5, 2.5], [[1, 2], [3, 4]], 7, {"input_ids": 7}])
+def test_a_row_of_no_known_form_is_named(row: Any) -> None:
+    with pytest.raises(DataError, match="row 0 of rows cannot be encoded"):
+        load(spec(), rows=[row])
+
+
+# --- samples, lengths, packing --------------------------------------------------------------------------------------
+
+
+def test_long_rows_are_cut_and_the_note_counts_them(tokenizer_folder: Path) -> None:
+    data = load(spec(sequence_length=10, samples=2), tokenizer_folder, ["y" * 50, "short"])
+    assert [len(ids) for ids in sequences(data)] == [10, 6]
+    assert data.notes == ("cut 1 of 2 samples to 10 tokens",)
+
+
+def test_the_models_window_caps_the_sequence_length_and_says_so(tokenizer_folder: Path) -> None:
+    data = load(spec(sequence_length=2048, samples=1), tokenizer_folder, ["y" * 50], max_window=32)
+    assert data.sequence_length == 32
+    assert data.tokens == 32
+    assert "sequence length capped at the model's window: 32, not 2048" in data.notes
+    data = load(spec(sequence_length=16, samples=1), tokenizer_folder, ["y" * 10], max_window=32)
+    assert (data.sequence_length, data.notes) == (16, ())
+
+
+def test_fewer_samples_than_asked_are_noted(tokenizer_folder: Path) -> None:
+    data = load(spec(samples=512), tokenizer_folder, [*TEXTS, "", "  ", None])
+    assert data.sequences == 40
+    assert data.notes == ("40 of 512 samples: rows has no more", "skipped 3 empty rows of 43")
+
+
+def test_a_text_file_is_packed_and_read_from_end_to_end(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(2000)))
+    data = load(spec(path, samples=20), tokenizer_folder)
+    whole = encoded(tokenizer_folder, [path.read_text()])[0]
+    starts = [_find(whole, ids) for ids in sequences(data)]
+    assert [len(ids) for ids in sequences(data)] == [64] * 20
+    assert all(start % 64 == 0 for start in starts)
+    assert starts == sorted(set(starts))
+    assert starts[-1] > len(whole) / 2, "samples are not only the beginning"
+    in_sequence = load(spec(path, samples=20, shuffle=False), tokenizer_folder)
+    assert [_find(whole, ids) for ids in sequences(in_sequence)] == list(range(0, 20 * 64, 64))
+
+
+def _find(whole: tuple[int, ...], part: tuple[int, ...]) -> int:
+    return next(i for i in range(len(whole)) if whole[i : i + len(part)] == part)
+
+
+def test_an_unpacked_text_file_gives_a_sample_per_line_that_is_not_blank(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("\n\n".join(TEXTS))
+    data = load(spec(path, packing=False), tokenizer_folder)
+    assert sorted(sequences(data)) == sorted(encoded(tokenizer_folder, TEXTS))
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20), min_size=1, max_size=20),
+    length=st.integers(1, 12),
+)
+def test_packed_token_ids_are_the_concatenation_of_the_documents(documents: list[list[int]], length: int) -> None:
+    joined = [token for document in documents for token in document]
+    options = spec(sequence_length=length, packing=True, shuffle=False, samples=1000)
+    if len(joined) < length:
+        with pytest.raises(DataError, match=f"{len(joined)} tokens in {len(documents)} rows"):
+            load(options, rows=documents)
+        return
+    packed = sequences(load(options, rows=documents))
+    assert [token for ids in packed for token in ids] == joined[: len(joined) // length * length]
+
+
+def test_packed_texts_are_separated_by_end_of_text(tokenizer_folder: Path) -> None:
+    data = load(spec(packing=True, shuffle=False, sequence_length=10, samples=1), tokenizer_folder, ["abc", "defgh"])
+    assert AutoTokenizer.from_pretrained(tokenizer_folder).decode(sequences(data)[0]) == "<s>abc</s><s>defg"
+
+
+def test_packed_chats_do_not_end_twice(tokenizer_folder: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    data = load(spec(packing=True, sequence_length=18, samples=1), tokenizer_folder, [chat, chat])
+    assert AutoTokenizer.from_pretrained(tokenizer_folder).decode(sequences(data)[0]) == "user: Hi</s>user: Hi</s>"
+
+
+# --- determinism ----------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_which_rows_are_taken(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    for dataset, rows in ((path, None), (None, TEXTS)):
+        taken = [load(spec(dataset, samples=8, seed=seed), tokenizer_folder, rows) for seed in (0, 0, 1)]
+        assert taken[0].fingerprint == taken[1].fingerprint
+        assert set(sequences(taken[0])) != set(sequences(taken[2]))
+    first = load(spec(samples=8, shuffle=False), tokenizer_folder, TEXTS)
+    assert sorted(sequences(first)) == sorted(encoded(tokenizer_folder, TEXTS[:8]))
+
+
+@given(count=st.integers(0, 60), seed=st.integers(0, 9))
+def test_shuffling_is_a_permutation_that_keeps_row_numbers(count: int, seed: int) -> None:
+    rows = [f"row {i}" for i in range(count)]
+    for shape in (rows, iter(rows)):
+        shuffled = list(in_order(shape, seed))
+        assert sorted(shuffled) == list(enumerate(rows))
+    assert list(in_order(rows, None)) == list(enumerate(rows))
+
+
+def test_a_stream_longer_than_the_buffer_is_shuffled_without_losing_rows() -> None:
+    count = SHUFFLE_BUFFER + 500
+    shuffled = list(in_order(iter(range(count)), 0))
+    assert sorted(shuffled) == [(i, i) for i in range(count)]
+    assert shuffled != sorted(shuffled)
+
+
+def test_only_the_rows_taken_are_read_from_a_table() -> None:
+    class Table:
+        read = 0
+
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: int) -> list[int]:
+            self.read += 1
+            return [5] * 64
+
+        def __iter__(self) -> Iterator[list[int]]:
+            raise AssertionError("a table is not iterated over")
+
+    table = Table()
+    assert load(spec(samples=8), rows=table).sequences == 8
+    assert table.read <= 9
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_empty_data_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match="has no tokens"):
+        load(spec(tmp_path / "empty.txt"), tokenizer_folder)
+    with pytest.raises(DataError, match=r"empty\.jsonl is empty"):
+        load(spec(tmp_path / "empty.jsonl"), tokenizer_folder)
+    with pytest.raises(DataError, match="has no rows"):
+        load(spec(), tokenizer_folder, [])
+    with pytest.raises(DataError, match=r"has no tokens: its rows are empty \(2\)"):
+        load(spec(), tokenizer_folder, ["", " "])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_fewer_tokens_than_one_sequence_are_refused_with_counts(tokenizer_folder: Path, packing: bool) -> None:
+    with pytest.raises(DataError, match="rows has 8 tokens in 2 rows, fewer than one sequence of 64"):
+        load(spec(packing=packing), tokenizer_folder, ["abc", "def"])
+
+
+@pytest.mark.parametrize("bad", [VOCABULARY, -1])
+def test_a_token_id_outside_the_vocabulary_names_the_row(bad: int) -> None:
+    with pytest.raises(DataError, match=f"row 1 of rows has token id {bad}, but the model's vocabulary has 259"):
+        load(spec(shuffle=False), rows=[[1] * 64, [1, bad]])
+
+
+def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="text needs a tokenizer"):
+        load(spec(), None, TEXTS)
+    with pytest.raises(DataError, match="no tokenizer can be loaded from"):
+        load(spec(), tmp_path, TEXTS)
+
+
+def test_damaged_files_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{broken")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and then nothing of the kind")
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff\xfe")
+    (tmp_path / "code.py").write_text("print('not data')")
+    for name in ("bad.jsonl", "bad.parquet"):
+        with pytest.raises(DataError, match=rf"{name} cannot be read"):
+            load(spec(tmp_path / name), tokenizer_folder)
+    with pytest.raises(DataError, match=r"not UTF-8 text \(byte 2\)"):
+        load(spec(tmp_path / "bad.txt"), tokenizer_folder)
+    with pytest.raises(DataError, match="of no format that can be read"):
+        load(spec(tmp_path / "code.py"), tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", ["text", "json", "missing.jsonl", "folder/missing.jsonl", "/no/such/folder"])
+def test_a_path_that_does_not_exist_is_not_looked_up_elsewhere(
+    name: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path / "rows.jsonl", [{"text": "found by accident"}]).parent)
+    with pytest.raises(DataError, match=f"there is no file or folder '{name}'"):
+        load(spec(name), tokenizer_folder)
+
+
+def test_a_hub_that_cannot_be_reached_is_a_data_error(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"dataset 'owner/name' of the Hugging Face hub cannot be read(.|\n)*network"):
+        load(spec("owner/name"), tokenizer_folder)
+
+
+def test_one_string_or_mapping_is_not_taken_for_rows(tokenizer_folder: Path) -> None:
+    with pytest.raises(DataError, match="rows is one string"):
+        load(spec(), tokenizer_folder, "a text")
+    with pytest.raises(DataError, match="rows is one mapping"):
+        load(spec(), tokenizer_folder, {"text": TEXTS})
+    with pytest.raises(DataError, match="no data"):
+        load(spec(), tokenizer_folder)
+    with pytest.raises(DataError, match="both"):
+        load(spec("x.txt"), tokenizer_folder, TEXTS)
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"sequence_length": 0}, {"seed": -1}, {"sampels": 8}])
+def test_a_spec_that_means_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        CalibrationSpec(**options)
+
+
+# --- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_loading_leaves_no_files_threads_or_changed_settings(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.parquet", [{"text": text} for text in TEXTS])
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    datasets.enable_progress_bars()
+    threads = threading.active_count()
+    capfd.readouterr()
+    load(spec(path, samples=3), tokenizer_folder)
+    with pytest.raises(DataError):
+        load(spec(path, text_column="nope"), tokenizer_folder)
+    assert not cache.exists()
+    assert not list(temporary.iterdir())
+    assert threading.active_count() == threads
+    assert not datasets.are_progress_bars_disabled()
+    assert capfd.readouterr() == ("", "")
