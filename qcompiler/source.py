@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ class ModelSource:
     config: Any
     model: PreTrainedModel
     trust_remote_code: bool = False
+    open_weights: Callable[[Path], CheckpointReader] = CheckpointReader.open
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +57,7 @@ class ModelSource:
     @cached_property
     def reader(self) -> CheckpointReader:
         """The weight files, their headers checked. Raises `CheckpointError`."""
-        return CheckpointReader.open(self.folder)
+        return self.open_weights(self.folder)
 
     @cached_property
     def names(self) -> NameMap:

@@ -206,7 +206,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
 def _lock(root: Path, output: Path) -> int:
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        pass  # the kernel lets go of it however the process ends
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
         held = root.exists() and os.path.samestat(os.fstat(fd), root.stat())
     except BlockingIOError:
         held = False

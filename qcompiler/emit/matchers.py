@@ -179,10 +179,14 @@ def _transformers(config: Mapping[str, Any], modules: Sequence[RuntimeModule]) -
     group_of = group_of_target(config)
     targets, ignore = transformers_order(group_of), TargetList(config.get("ignore") or ())
     experts_group = transformers_experts_group(config)
+    weights = {name: group.get("weights") or {} for name, group in config["config_groups"].items()}
+    fp8_groups = {name for name, w in weights.items() if (w.get("type"), w.get("num_bits")) == ("float", 8)}
 
     def resolve(module: RuntimeModule) -> str | None:
         if module.is_expert_block:
-            return experts_group
+            # The experts' converter asks for packed weights and scales; for FP8, weights without a scale pass through.
+            dense = all(site.scheme is None for site in module.sites)
+            return None if dense and experts_group in fp8_groups else experts_group
         site = module.sites[0]
         if site.kind == "conv1d":
             return None  # only nn.Linear and nn.Embedding are quantized

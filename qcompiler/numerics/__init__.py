@@ -1,6 +1,7 @@
 """Number formats: weights to codes and back, and the fake quantization of activations. Pure torch, on any device."""
 
-from qcompiler.numerics.scales import nvfp4_global_scale, static_qparams
+from qcompiler.numerics.activations import fake_quantize
+from qcompiler.numerics.scales import input_global_scale, nvfp4_global_scale, static_qparams
 from qcompiler.numerics.tensor import QuantizedTensor, scale_shape
 from qcompiler.numerics.weights import (
     ScaleSearch,
@@ -17,6 +18,8 @@ __all__ = [
     "ScaleSearch",
     "WeightError",
     "dequantize",
+    "fake_quantize",
+    "input_global_scale",
     "nvfp4_global_scale",
     "quantize_weight",
     "range_factors",

@@ -12,6 +12,7 @@ from qcompiler.data.batches import TokenBatch
 from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.fx import Node, is_op, mutates
 from qcompiler.ir.graph import Graph, Partition
+from qcompiler.ir.ops import quantized_linear
 from qcompiler.runtime.evaluate import Handler, evaluate
 
 Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
@@ -24,7 +25,7 @@ def tensor_paths(graph: Graph, part: Partition) -> list[str]:
         leaf = get(node, Leaf)
         if node.op == "get_attr":
             paths[str(node.target)] = None
-        elif leaf is not None and node.op == "call_module":
+        elif leaf is not None and (node.op == "call_module" or node.target is quantized_linear):
             module = graph.model.get_submodule(leaf.path)
             for name, _ in (*module.named_parameters(), *module.named_buffers()):
                 paths[f"{leaf.path}.{name}"] = None

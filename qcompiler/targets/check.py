@@ -201,7 +201,7 @@ def _check_rows(target: Target, module: RuntimeModule, scheme: Scheme) -> Iterat
         )
 
 
-def _check_experts(target: Target, sites: Iterable[Site]) -> Iterator[Violation]:
+def _check_experts(target: Target, sites: Sequence[Site]) -> Iterator[Violation]:
     blocks: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
         if site.expert_block is not None:
@@ -217,6 +217,17 @@ def _check_experts(target: Target, sites: Iterable[Site]) -> Iterator[Violation]
                     f"all experts of {block} run in one kernel, but {members[0].name} is {_short(members[0])}",
                     f"give every expert projection of {block} one scheme",
                 )
+    if target.experts.dense_beside_fp8_only:
+        schemes = [site.scheme for site in sites if site.scheme is not None]
+        dense = next((site for members in blocks.values() for site in members if site.scheme is None), None)
+        if dense is not None and schemes and not any(_is_fp8(scheme) for scheme in schemes):
+            yield _violation(
+                target,
+                dense,
+                "experts-dense",
+                "dense experts do not load beside packed linears: they would stay at random",
+                "quantize the experts too, or check this checkpoint in another runtime",
+            )
     if target.experts.one_scheme_per_model:
         firsts = [members[0] for members in blocks.values()]
         other = next((site for site in firsts if site.scheme != firsts[0].scheme), None)
@@ -267,6 +278,10 @@ def _in_multiple(row: Row, structure: str | None) -> int:
 def _out_multiple(row: Row, structure: str | None) -> int:
     narrowed = row.structures.get(structure or "")
     return (narrowed.out_multiple if narrowed else None) or row.out_multiple
+
+
+def _is_fp8(scheme: Scheme) -> bool:
+    return (scheme.weights.type, scheme.weights.bits) == ("float", 8)
 
 
 def _short(site: Site) -> str:

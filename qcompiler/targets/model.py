@@ -102,6 +102,7 @@ class FusedRules(_Data):
 class ExpertRules(_Data):
     same_projections: bool = False
     one_scheme_per_model: bool = False
+    dense_beside_fp8_only: bool = False
 
 
 class Target(_Data):

@@ -103,7 +103,8 @@ def test_dense_experts_are_ignored_by_expression() -> None:
     assert not any("experts.0." in entry for entry in emitted.config["ignore"])
 
 
-def test_dense_experts_beside_quantized_linears_are_refused_for_transformers() -> None:
+def test_dense_experts_beside_packed_linears_are_refused_for_transformers() -> None:
+    emit(mixture(lambda n: FP8 if "attn" in n else None))
     with pytest.raises(VerificationError, match=r"transformers reads model\.layers\.1\.mlp\.experts\.0\.gate_proj"):
         emit(mixture(lambda n: W4 if "attn" in n else None))
 

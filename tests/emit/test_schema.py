@@ -8,7 +8,7 @@ import pytest
 
 from qcompiler.emit.schema import parse_quantization_config, quantization_args
 from qcompiler.errors import ConfigError
-from qcompiler.scheme import Format, QuantSpec, preset
+from qcompiler.scheme import Format, QuantSpec, Strategy, preset
 
 W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
 
@@ -66,7 +66,7 @@ def test_scale_dtypes_that_older_writers_left_out_are_filled_in() -> None:
 
 def test_a_group_size_of_minus_one_means_per_channel() -> None:
     (group,) = parse_quantization_config(config(W4 | {"group_size": -1})).groups
-    assert group.scheme.weights == QuantSpec(bits=4, strategy="channel")
+    assert group.scheme.weights == QuantSpec(bits=4, strategy=Strategy.CHANNEL)
 
 
 @pytest.mark.parametrize(

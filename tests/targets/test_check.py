@@ -131,6 +131,17 @@ def test_only_transformers_wants_the_experts_of_all_layers_alike() -> None:
     assert only(check(load_target("transformers"), sites)).rule == "experts-one-scheme-per-model"
 
 
+def test_dense_experts_load_in_transformers_beside_fp8_only() -> None:
+    dense = experts(dict.fromkeys(("gate_proj", "up_proj", "down_proj")))
+    packed = [*dense, site("self_attn.o_proj", W4)]
+    violation = only(check(load_target("transformers"), packed))
+    assert violation.rule == "experts-dense"
+    assert "they would stay at random" in violation.message
+    assert check(load_target("transformers"), [*dense, site("self_attn.o_proj", preset("FP8_DYNAMIC"))]) == []
+    assert check(load_target("transformers"), dense) == []
+    assert check(load_target("vllm-sm90"), packed) == []
+
+
 def test_the_kv_cache_and_the_head_size_belong_to_the_model() -> None:
     per_head = KVCacheSpec(strategy="attn_head")
     violation = only(check(load_target("sglang"), [], kv_cache=per_head))

@@ -162,7 +162,8 @@ EVERY_ROW = [(target, row) for target in target_names() for row in load_target(t
 
 
 def site(scheme: Scheme, **shape: Any) -> Site:
-    return Site(**({"name": NAME, "out_features": 256, "in_features": 512} | shape), scheme=scheme)
+    fields: dict[str, Any] = {"name": NAME, "out_features": 256, "in_features": 512} | shape
+    return Site(**fields, scheme=scheme)
 
 
 @pytest.mark.parametrize(("target", "row"), EVERY_ROW)

@@ -21,6 +21,7 @@ from typing import Any
 
 import compressed_tensors
 import torch
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.utils import match
 from transformers.integrations.compressed_tensors import get_experts_scheme
@@ -30,8 +31,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from qcompiler.emit import matchers
+from qcompiler.emit.config import build_quantization_config
 from qcompiler.emit.patterns import TargetList
 from qcompiler.emit.sites import RuntimeModule, Site, runtime_modules
+from qcompiler.scheme import PRESETS, KVCacheSpec
 
 FUSED = {"qkv_proj": [["q_proj", "k_proj", "v_proj"]], "gate_up_proj": [["gate_proj", "up_proj"]]}
 SHARDS = {name: expansions[0] for name, expansions in FUSED.items()}
@@ -232,6 +235,27 @@ def config_cases(rng: random.Random) -> Iterator[Case]:
         )
 
 
+def preset_cases() -> Iterator[Case]:
+    """The config that is emitted for each preset, as the library and vLLM parse it."""
+    for name, scheme in PRESETS.items():
+        sites = [Site(f"model.layers.0.mlp.{leaf}", 256, 256, scheme) for leaf in ("gate_proj", "up_proj", "down_proj")]
+        config = build_quantization_config(sites, kv_cache=KVCacheSpec(), compressed_tensors_version="0").config
+        meant = (scheme.weights.bits, scheme.weights.type, str(scheme.weights.strategy), str(scheme.format))
+
+        def parsed(config: dict[str, Any] = config) -> object:
+            (group,) = QuantizationConfig.model_validate(config).config_groups.values()
+            CompressedTensorsConfig.from_config(config)
+            weights = group.weights
+            return (
+                weights.num_bits,
+                str(weights.type),
+                str(weights.strategy),
+                str(CompressionFormat(group.format).value),
+            )
+
+        yield f"preset {name}: {config}", parsed, partial(tuple, meant)
+
+
 def sglang_utils(wheel: Path) -> tuple[matchers.IgnoreRule, ModuleType]:
     """A release's matching functions, and which `ignore` rule it has, read off its source."""
     with zipfile.ZipFile(wheel) as archive:
@@ -254,7 +278,7 @@ def main() -> int:
     compared = 0
     functions = (case for _ in range(arguments.cases) for case in function_cases(rng, sglang))
     configs = (case for _ in range(arguments.configs) for case in config_cases(rng))
-    for what, theirs, ours in chain(functions, configs):
+    for what, theirs, ours in chain(preset_cases(), functions, configs):
         expected, found = outcome(theirs), outcome(ours)
         compared += 1
         if expected != found:

@@ -1,0 +1,100 @@
+"""What lies on disk for one quantized linear: names, dtypes and shapes, known before any weight is read.
+
+The formats are compressed-tensors', as its compressors write and vLLM's schemes allocate them. Where they leave room:
+
+- Integers with one scale per tensor or block under pack-quantized: the library packs zero points only for group and
+  channel, and reads them as int8 in the scale's shape otherwise. vLLM has no such scheme.
+- int-quantized: vLLM takes tensor and channel scales and symmetric weights only (W8A8Int8); the library also
+  decompresses groups and int8 zero points in the scale's shape.
+- naive-quantized: vLLM counts it among the formats with quantized activations and maps FP8 weights without an input
+  scheme to W8A16Fp8 (tensor, channel, block); FP8 in groups other than MXFP8 has no scheme there.
+- input_zero_point is int8 whatever the width of the activations: the library's zp_dtype, and vLLM's parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from qcompiler.errors import LegalityError
+from qcompiler.formats.bits import packed_words
+from qcompiler.numerics.tensor import scale_shape
+from qcompiler.scheme import Format, QuantSpec, Scheme, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """A tensor on disk without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def layout(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorMeta]:
+    """Every tensor written for a weight [O, I] of a model in `dtype`, by its name under the module.
+
+    Raises `LegalityError` if the group size does not divide `in_features`.
+    """
+    spec, shape = scheme.weights, (out_features, in_features)
+    scales = scale_shape(spec, *shape)
+    tensors: dict[str, TensorMeta] = {}
+    match scheme.format:
+        case Format.PACK_QUANTIZED:
+            words = packed_words(in_features, spec.bits)
+            tensors["weight_packed"] = TensorMeta(torch.int32, (out_features, words))
+            tensors["weight_shape"] = TensorMeta(torch.int64, (2,))
+        case Format.NVFP4 | Format.MXFP4:
+            tensors["weight_packed"] = TensorMeta(torch.uint8, (out_features, in_features // 2))
+        case Format.INT_QUANTIZED:
+            tensors["weight"] = TensorMeta(torch.int8, shape)
+        case _:
+            tensors["weight"] = TensorMeta(torch.float8_e4m3fn, shape)
+    tensors["weight_scale"] = TensorMeta(_scale_dtype(spec, dtype), scales)
+    if spec.is_nvfp4:
+        tensors["weight_global_scale"] = TensorMeta(torch.float32, (1,))
+    if packs_zero_point(scheme):
+        tensors["weight_zero_point"] = TensorMeta(torch.int32, (packed_words(out_features, spec.bits), scales[1]))
+    elif not spec.symmetric:
+        tensors["weight_zero_point"] = TensorMeta(torch.int8, scales)
+    return tensors | _input_layout(scheme.input_activations, dtype)
+
+
+def packs_zero_point(scheme: Scheme) -> bool:
+    """Whether zero points are packed along O like the codes, not stored as int8."""
+    spec = scheme.weights
+    per_row = spec.strategy in (Strategy.GROUP, Strategy.CHANNEL)
+    return scheme.format is Format.PACK_QUANTIZED and per_row and not spec.symmetric
+
+
+def bits_per_weight(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> float:
+    """Bits on disk per element of the weight, with scales, zero points and all else that `layout` lists."""
+    tensors = layout(scheme, out_features, in_features, dtype)
+    return 8 * sum(meta.nbytes for meta in tensors.values()) / (out_features * in_features)
+
+
+def _scale_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
+    if spec.is_mx:
+        return torch.uint8
+    return torch.float8_e4m3fn if spec.is_nvfp4 else dtype
+
+
+def _input_layout(spec: QuantSpec | None, dtype: torch.dtype) -> dict[str, TensorMeta]:
+    """Calibrated numbers of the activations; dynamic ones have none, but for NVFP4's global scale."""
+    if spec is None or spec.dynamic is True:
+        return {}
+    if spec.is_nvfp4:
+        if spec.dynamic is False:
+            raise LegalityError(
+                "NVFP4 activations with static group scales cannot be stored", hint='set dynamic: "local"'
+            )
+        return {"input_global_scale": TensorMeta(torch.float32, (1,))}
+    tensors = {"input_scale": TensorMeta(dtype, (1,))}
+    if not spec.symmetric:
+        tensors["input_zero_point"] = TensorMeta(torch.int8, (1,))
+    return tensors
