@@ -1,1 +1,62 @@
-"""qcompiler: a compiler for non-uniform quantization."""
+"""qcompiler: a compiler for non-uniform quantization.
+
+`compile` and `plan` are the API; `verify` checks a compiled checkpoint. Passes are written against `GraphPass` and
+`StreamingPass`. Names are loaded on first use, so that importing a small part does not import Transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompiler.compile import Plan, Result, compile, plan
+    from qcompiler.data import CalibrationSpec
+    from qcompiler.errors import QCompilerError
+    from qcompiler.pipeline import Context, GraphPass, Pass, Pipeline, StreamingPass, load_pipeline
+    from qcompiler.scheme import QuantSpec, Scheme
+    from qcompiler.verify import Verification, verify
+
+_HOME = {
+    "CalibrationSpec": "qcompiler.data",
+    "Context": "qcompiler.pipeline",
+    "GraphPass": "qcompiler.pipeline",
+    "Pass": "qcompiler.pipeline",
+    "Pipeline": "qcompiler.pipeline",
+    "Plan": "qcompiler.compile",
+    "QCompilerError": "qcompiler.errors",
+    "QuantSpec": "qcompiler.scheme",
+    "Result": "qcompiler.compile",
+    "Scheme": "qcompiler.scheme",
+    "StreamingPass": "qcompiler.pipeline",
+    "Verification": "qcompiler.verify",
+    "compile": "qcompiler.compile",
+    "load_pipeline": "qcompiler.pipeline",
+    "plan": "qcompiler.compile",
+    "verify": "qcompiler.verify",
+}
+
+__all__ = [
+    "CalibrationSpec",
+    "Context",
+    "GraphPass",
+    "Pass",
+    "Pipeline",
+    "Plan",
+    "QCompilerError",
+    "QuantSpec",
+    "Result",
+    "Scheme",
+    "StreamingPass",
+    "Verification",
+    "compile",
+    "load_pipeline",
+    "plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

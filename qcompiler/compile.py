@@ -186,5 +186,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a checkout that is not installed
             found[package] = "unknown"
     return found
-
-

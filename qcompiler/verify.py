@@ -175,7 +175,9 @@ def _fidelity(
     )
     dense: PreTrainedModel = client
     if reference is not None:
-        dense = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", trust_remote_code=trust_remote_code).eval()
+        dense = AutoModelForCausalLM.from_pretrained(
+            reference, dtype="auto", trust_remote_code=trust_remote_code
+        ).eval()
     divergences, agree, losses, dense_losses = [], [], [], []
     for batch in data.batches:
         wanted = torch.log_softmax(_run(dense, batch).float(), -1)[:, :-1]
@@ -190,7 +192,9 @@ def _fidelity(
         tokens=kl.numel(),
         kl_mean=float(kl.mean()),
         kl_median=float(kl.median()),
-        kl_99=float(torch.quantile(kl, 0.99)) if kl.numel() < 1 << 24 else float(kl.kthvalue(int(kl.numel() * 0.99))[0]),
+        kl_99=float(torch.quantile(kl, 0.99))
+        if kl.numel() < 1 << 24
+        else float(kl.kthvalue(int(kl.numel() * 0.99))[0]),
         kl_max=float(kl.max()),
         top1=float(torch.cat(agree).float().mean()),
         perplexity=float(torch.cat(losses).double().mean().exp()),

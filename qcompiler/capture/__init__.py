@@ -11,13 +11,13 @@ from qcompiler.capture.roles import annotate_roles
 from qcompiler.ir.graph import Graph
 
 
-def capture_graph(model: PreTrainedModel) -> Graph:
+def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
     """Capture the forward pass of a model (in eval mode; usually on the meta device).
 
-    Raises `CaptureError` with the reason where the model does not trace. The graph is not compared with eager here: see
+    `repeat`: trace each kind of layer once and copy it for its likes, where the model allows it. Raises `CaptureError` with the reason where the model does not trace. The graph is not compared with eager here: see
     `qcompiler.capture.compare`.
     """
-    exported = export(model)
+    exported = export(model, repeat=repeat)
     raise_leaves(exported.graph, model)
     graph = Graph(
         exported.graph,
@@ -25,6 +25,7 @@ def capture_graph(model: PreTrainedModel) -> Graph:
         constants=exported.constants,
         buffers=non_persistent_buffers(model),
         max_sequence_length=exported.max_sequence_length,
+        like=exported.like,
     )
     annotate_roles(graph)
     return graph

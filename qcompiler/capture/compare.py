@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,13 +22,16 @@ _SHAPE = (3, 13)
 def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None:
     """Compare a graph of a model on the meta device with eager execution, on a shrunken twin of the same architecture.
 
-    The twin is captured in the same way, and must show every kind of partition that the graph has. Then its graph and its
-    eager forward pass must agree to the last bit. Raises `CaptureError` otherwise.
+    The twin is captured in the same way, has two layers of every kind that was traced once and copied, and must show every
+    kind of partition that the graph has. Then its graph and its eager forward pass must agree to the last bit. Raises
+    `CaptureError` otherwise.
     """
     from qcompiler.capture import capture_graph
     from qcompiler.source import build_on_meta
 
-    twin = build_twin(graph.model.config, trust_remote_code=trust_remote_code)
+    twin = build_twin(
+        graph.model.config, layers=_depth(graph), dtype=graph.model.dtype, trust_remote_code=trust_remote_code
+    )
     bare = build_on_meta(twin.config, dtype=twin.dtype, trust_remote_code=trust_remote_code)
     twin_graph = capture_graph(bare)
     shown = {_kind(part) for part in partitions(twin_graph)}
@@ -71,6 +76,17 @@ def graph_logits(graph: Graph, ids: Tensor, tensors: dict[str, Tensor]) -> Tenso
     )
     logits: Tensor = values[graph.output]
     return logits
+
+
+def _depth(graph: Graph) -> int | None:
+    """How many layers show each copied kind twice; None where nothing was copied."""
+    seen: Counter[str] = Counter()
+    depth = None
+    for index, like in enumerate(graph.like.values()):
+        seen[like] += 1
+        if seen[like] == 2:
+            depth = index + 1
+    return depth
 
 
 def _kind(part: Partition) -> tuple[object, ...]:

@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-_LIBRARY = torch.library.Library("qcompiler", "DEF")
-_LIBRARY.define("experts(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, str path) -> Tensor")
+from qcompiler.capture.operators import define
+
 _NAME = "qcompiler_capture"
 EXPERTS_OP = "qcompiler.experts"
 
 
-@torch.library.register_fake("qcompiler::experts", lib=_LIBRARY)
 def _experts_fake(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, path: str) -> Tensor:
     return torch.empty_like(hidden_states)
+
+
+_experts = define(
+    "experts(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, str path) -> Tensor", _experts_fake
+)
 
 
 @contextmanager
@@ -34,8 +38,7 @@ def experts_as_one_op(model: PreTrainedModel) -> Iterator[None]:
     before = {key: getattr(config, "_experts_implementation_internal", None) for key, config in configs.items()}
 
     def traced(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        op = torch.ops.qcompiler.experts
-        result: Tensor = op(hidden_states, top_k_index, top_k_weights, paths[id(self)])
+        result: Tensor = _experts(hidden_states, top_k_index, top_k_weights, paths[id(self)])
         return result
 
     ALL_EXPERTS_FUNCTIONS[_NAME] = traced

@@ -6,7 +6,6 @@ padded on the right: under a causal mask no real token sees a padded one, so the
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from qcompiler.capture.experts import experts_as_one_op
 from qcompiler.capture.functional import functionalize
+from qcompiler.capture.repeat import NotRepeatable, Repeats, expand_repeats, trace_once
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Scope, annotate
 from qcompiler.ir.fx import Node, call_functions, erase_dead, is_op, tensor_arg, value
@@ -47,16 +47,31 @@ class Exported:
     """A canonical graph whose `get_attr` nodes name the model's parameters and buffers.
 
     `constants` are tensors that the forward pass made itself. `max_sequence_length` is a bound beyond which the graph
-    is not the model any more (a frozen long-context rope), else None.
+    is not the model any more (a frozen long-context rope), else None. `like` says which layer each layer is a copy of;
+    empty where all were traced.
     """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     max_sequence_length: int | None
+    like: dict[str, str]
 
 
-def export(model: PreTrainedModel) -> Exported:
-    """Export `model` (usually on the meta device). Raises `CaptureError` with the reason when it does not trace."""
+def export(model: PreTrainedModel, *, repeat: bool = True) -> Exported:
+    """Export `model` (usually on the meta device), tracing each kind of layer once where `repeat` and the model allow it.
+
+    Raises `CaptureError` with the reason when it does not trace.
+    """
+    if repeat:
+        try:
+            return _export(model, repeat=True)
+        except (NotRepeatable, CaptureError):
+            # Layers that share state, or a model that does not trace at all: the plain way decides which, and says so.
+            pass
+    return _export(model, repeat=False)
+
+
+def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
     dynamic = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with fake:
@@ -65,20 +80,24 @@ def export(model: PreTrainedModel) -> Exported:
         stack.enter_context(torch.no_grad())
         stack.enter_context(experts_as_one_op(model))
         stack.enter_context(_fake_weights(model, fake))
+        repeats = stack.enter_context(trace_once(model)) if repeat else Repeats()
         window = stack.enter_context(_frozen_rope(model))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(_Logits(model), (ids,), dynamic_shapes=dynamic, strict=False)
+        except NotRepeatable:
+            raise
         except Exception as error:  # anything at all can come out of tracing foreign code
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured: {_reason(error)}",
                 hint="qcompiler needs a decoder whose forward pass has no data-dependent or length-dependent Python",
             ) from error
     graph, constants = _with_attributes(program)
+    expand_repeats(graph)
     functionalize(graph)
     canonicalize(graph)
-    return Exported(graph, constants, window)
+    return Exported(graph, constants, window, repeats.like)
 
 
 def _reason(error: Exception) -> str:
@@ -176,13 +195,19 @@ def _with_attributes(program: ExportedProgram) -> tuple[fx.Graph, dict[str, Tens
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (next(n for n in graph.nodes if n.name == logits),)
     for node in graph.nodes:
-        calls = tuple(
-            (re.sub(rf"^L__self___{_ROOT}(?=[._@]|$)", "", key), path.removeprefix(_ROOT).removeprefix("."))
-            for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items()
-            if path == _ROOT or path.startswith(f"{_ROOT}.")
-        )
-        annotate(node, Scope(calls))
+        annotate(node, _scope(node))
     return graph, constants
+
+
+def _scope(node: Node) -> Scope:
+    """The module calls around a node. A module's second call is `path@1`, as the tracer counts them."""
+    calls = []
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        if path == _ROOT or path.startswith(f"{_ROOT}."):
+            own = path.removeprefix(_ROOT).removeprefix(".")
+            _, at, count = key.rpartition("@")
+            calls.append((own + at + count if at else own, own))
+    return Scope(tuple(calls))
 
 
 def canonicalize(graph: fx.Graph) -> None:

@@ -37,18 +37,21 @@ def compact_targets(sites: Sequence[Site], label_of: Mapping[str, Hashable]) -> 
     expression whose sites all carry one label: by leaf, by leaf and parent, by layer number; else its name.
     """
     labels: dict[_Family, set[Hashable]] = defaultdict(set)
+    offered_to: list[list[_Family]] = []
     for site in sites:
-        offered = _offered(site)
-        for family in _covering(site):
+        covering = _covering(site)
+        # Experts always say `experts`: Transformers looks for that word.
+        offered = [f for f in covering if r"experts\." in f.tail] if site.expert_block else covering
+        offered_to.append(offered)
+        for family in covering:
             labels[family].add(label_of[site.name] if family in offered else _FOREIGN)
 
     targets: dict[Hashable, dict[_Family | str, None]] = defaultdict(dict)
-    for site in sites:
+    for site, offered in zip(sites, offered_to, strict=True):
         label = label_of[site.name]
-        if label is None:
-            continue
-        uniform = (family for family in _offered(site) if labels[family] == {label})
-        targets[label][next(uniform, site.name)] = None
+        if label is not None:
+            uniform = (family for family in offered if labels[family] == {label})
+            targets[label][next(uniform, site.name)] = None
     return {label: _rendered(list(chosen)) for label, chosen in targets.items()}
 
 
@@ -66,14 +69,8 @@ def exact_expression(name: str) -> str:
     return f"re:{re.escape(name)}$"
 
 
-def _offered(site: Site) -> list[_Family]:
-    """What may stand for this site, shortest first. Experts always say `experts`: Transformers looks for that word."""
-    families = _covering(site)
-    return [f for f in families if r"experts\." in f.tail] if site.expert_block else families
-
-
 def _covering(site: Site) -> list[_Family]:
-    """Every family whose expression matches this site."""
+    """Every family whose expression matches this site, shortest first."""
     parts = site.name.split(".")
     escaped = [re.escape(part) for part in parts]
     if site.expert_block is not None:

@@ -64,7 +64,7 @@ def build_quantization_config(
     loaders: Sequence[str] = ("vllm", "transformers", "sglang"),
     compressed_tensors_version: str,
 ) -> EmittedConfig:
-    """The `quantization_config` of a model whose linears are `sites`, proved against `loaders`.
+    """The `quantization_config` of a model whose linears are `sites`, dense ones too, proved against `loaders`.
 
     Raises `ConfigError` where there is nothing to quantize or a loader is unknown, and `VerificationError` where no
     form of the config is read alike by every loader; it names the loader and the module.
@@ -163,7 +163,8 @@ def _config(
 def _ignore(sites: Sequence[Site]) -> list[str]:
     """Every dense linear by name; experts by expression, which would be thousands of names."""
     quantized = "\n".join(site.name for site in sites if site.scheme is not None).lower()
-    experts = compact_targets(sites, {s.name: "dense" if s.scheme is None and s.expert_block else None for s in sites})
+    dense_experts = {s.name: "dense" if s.scheme is None and s.expert_block else None for s in sites}
+    experts = compact_targets(sites, dense_experts) if any(dense_experts.values()) else {}
     ignore: list[str] = experts.get("dense", [])
     for site in sites:
         if site.scheme is None and site.expert_block is None:

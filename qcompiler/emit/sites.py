@@ -80,13 +80,13 @@ def runtime_modules(sites: Iterable[Site], fused: FusedNames) -> list[RuntimeMod
         for fused_name, shards in _fusions(leaves, fused):
             members = tuple(leaves[shard] for shard in shards if shard in leaves)
             name = f"{parent}.{fused_name}" if parent else fused_name
-            module_of |= {site.name: RuntimeModule(name, members, shards) for site in members}
+            module_of |= dict.fromkeys((site.name for site in members), RuntimeModule(name, members, shards))
     for block, members_of_block in blocks.items():
         module = RuntimeModule(block, tuple(members_of_block), is_expert_block=True)
         module_of |= {site.name: module for site in members_of_block}
     for site in sites:
         module_of.setdefault(site.name, RuntimeModule(site.name, (site,)))
-    return list(dict.fromkeys(module_of[site.name] for site in sites))
+    return list({id(module_of[site.name]): module_of[site.name] for site in sites}.values())
 
 
 def _fusions(leaves: Mapping[str, Site], fused: FusedNames) -> list[tuple[str, tuple[str, ...]]]:

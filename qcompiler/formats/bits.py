@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 assert sys.byteorder == "little", "words are viewed as bytes, least significant first"
 
@@ -31,7 +31,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
         # Modulo 2^8 this makes the codes unsigned, at 8 bits too.
         unsigned = codes[part].add(_offset(bits)).view(torch.uint8)
         if columns % 32:
-            unsigned = F.pad(unsigned, (0, -columns % 32))
+            unsigned = pad(unsigned, (0, -columns % 32))
         dense = _narrow(unsigned.contiguous(), bits).view(len(unsigned), -1).view(torch.int32)
         packed[part] = dense[:, : packed.shape[1]]
     return packed
@@ -42,7 +42,7 @@ def unpack_words(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows, words = packed.shape
     codes = packed.new_empty((rows, columns), dtype=torch.int8)
     for part in _row_parts(rows, columns):
-        padded = F.pad(packed[part], (0, -words % bits)).contiguous()
+        padded = pad(packed[part], (0, -words % bits)).contiguous()
         unsigned = _widen(padded.view(torch.uint8), bits).view(len(padded), -1)[:, :columns]
         torch.sub(unsigned.view(torch.int8), _offset(bits), out=codes[part])
     return codes
@@ -98,7 +98,7 @@ def _widen(packed: Tensor, bits: int) -> Tensor:
     if bits == 2:
         pairs = _widen(packed, 4).to(torch.int16)
         return ((pairs | (pairs << 6)) & 0x0303).view(torch.uint8)
-    eights = F.pad(packed.view(-1, bits), (0, 8 - bits)).view(torch.int64)
+    eights = pad(packed.view(-1, bits), (0, 8 - bits)).view(torch.int64)
     for lane, mask in reversed(_LANES):
         used = lane // 8 * bits
         low = ((1 << used) - 1) * (mask // ((1 << lane) - 1))

@@ -48,7 +48,7 @@ class Graph:
 
     `constants` are tensors that the forward pass made itself; `buffers` are those that the checkpoint does not hold
     (rotary frequencies). `max_sequence_length` bounds the sequences for which the graph is the model, None: no bound.
-    `kv_cache` is what the key/value cache becomes, decided for the whole model.
+    `like` maps the path of each decoder layer to that of the layer whose trace it shares. `kv_cache` is what the key/value cache becomes, decided for the whole model.
     """
 
     fx: torch.fx.Graph
@@ -57,6 +57,7 @@ class Graph:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     max_sequence_length: int | None = None
     kv_cache: KVCacheSpec | None = None
+    like: dict[str, str] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
 
     @property

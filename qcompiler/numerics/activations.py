@@ -66,7 +66,7 @@ def _grouped(x: Tensor, spec: QuantSpec) -> Tensor:
         return x
     if x.shape[-1] % spec.group_size:
         raise LegalityError(f"{spec.short}: {x.shape[-1]} features are not divisible by group_size {spec.group_size}")
-    return x.unflatten(-1, (-1, spec.group_size))
+    return x.reshape(*x.shape[:-1], -1, spec.group_size)
 
 
 def _dynamic_qparams(values: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:

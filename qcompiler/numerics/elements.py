@@ -15,6 +15,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FLOAT32_EXPONENT = 0x7F800000
 
 
 def code_dtype(spec: QuantSpec) -> torch.dtype:
@@ -32,34 +33,30 @@ def code_range(spec: QuantSpec) -> tuple[float, float]:
     return -largest, largest
 
 
-def _fp4_magnitude(magnitude: Tensor) -> Tensor:
-    """The E2M1 code (0..7, in the input's dtype) nearest to each magnitude in [0, 6], ties to the even code.
+def _round_float(x: Tensor, bits: int) -> Tensor:
+    """The E2M1 (4 bits) or E4M3 (8) value nearest to each float32, ties to even, saturated. Overwrites `x`.
 
-    E2M1 has steps of .5, 1 and 2 below 2, 4 and 6. Magnitude to code is thus concave and piecewise linear: the
-    least of its three pieces, each rounded to the nearest even integer.
+    A format with m mantissa bits has steps of p / 2^m, p the power of two below the magnitude (at least the smallest
+    normal number). Adding and subtracting 1.5 * 2^(23 - m) * p makes float32's own addition round to that step.
     """
-    code = (magnitude * 2).round_()
-    torch.minimum(code, magnitude.round().add_(2), out=code)
-    return torch.minimum(code, (magnitude * 0.5).round_().add_(4), out=code)
+    largest, smallest_normal, mantissa = (FP8_MAX, 2.0**-6, 3) if bits == 8 else (FP4_MAX, 1.0, 1)
+    x.clamp_(-largest, largest)
+    magic = x.abs().clamp_(min=smallest_normal)
+    magic.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT)
+    magic.mul_(1.5 * 2 ** (23 - mantissa))
+    return x.add_(magic).sub_(magic)
 
 
-def round_fp4(x: Tensor) -> Tensor:
-    """The E2M1 value nearest to each element, ties to the even code; beyond 6 saturates. Keeps the dtype."""
-    code = _fp4_magnitude(x.abs().clamp_(max=FP4_MAX))
-    # The inverse is convex: the largest of the inverted pieces.
-    value = torch.maximum(code * 0.5, code - 2)
-    torch.maximum(value, code.mul_(2).sub_(8), out=value)
-    return value.copysign_(x)
-
-
-def fp4_codes(x: Tensor) -> Tensor:
-    """4-bit E2M1 codes (uint8) nearest to each element, ties to the even code; beyond 6 saturates."""
-    magnitude = _fp4_magnitude(x.abs().clamp_(max=FP4_MAX)).to(torch.uint8)
-    return magnitude.bitwise_or_(torch.signbit(x).to(torch.uint8).bitwise_left_shift_(3))
+def _fp4_codes(values: Tensor) -> Tensor:
+    """4-bit codes (uint8) of exact E2M1 values. The inverse of a convex map of three pieces: their least."""
+    doubled = (values * 2).to(torch.int8)
+    magnitude = doubled.abs()
+    code = torch.minimum(magnitude, torch.minimum((magnitude >> 1) + 2, (magnitude >> 2) + 4))
+    return code.bitwise_or_((doubled >> 4).bitwise_and_(8)).view(torch.uint8)
 
 
 def round_to_codes(scaled: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of already scaled (and shifted) values, saturated; overwrites `scaled`, which may be returned.
+    """Codes of already scaled (and shifted) float32 values, saturated; overwrites `scaled`, which may be returned.
 
     Integers come back as floats holding integers, so that the caller's copy is the only conversion.
     """
@@ -68,14 +65,14 @@ def round_to_codes(scaled: Tensor, spec: QuantSpec) -> Tensor:
         return scaled.round_().clamp_(low, high)
     if spec.bits == 8:
         return scaled.clamp_(low, high).to(FP8)
-    return fp4_codes(scaled)
+    return _fp4_codes(_round_float(scaled, 4))
 
 
 def round_to_values(scaled: Tensor, spec: QuantSpec) -> Tensor:
     """The values (in the dtype of `scaled`) of the codes that `round_to_codes` would give; overwrites `scaled`."""
-    if spec.type == "float" and spec.bits == 4:
-        return round_fp4(scaled)
-    return decode(round_to_codes(scaled, spec), spec, scaled.dtype)
+    if spec.type == "int":
+        return round_to_codes(scaled, spec)
+    return _round_float(scaled.to(torch.float32), spec.bits).to(scaled.dtype)
 
 
 def decode(codes: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:

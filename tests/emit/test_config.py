@@ -130,7 +130,17 @@ def test_a_partly_dense_fused_module_is_never_written() -> None:
         emit(llama(lambda n: W4 if n.endswith(("q_proj", "k_proj")) else None))
 
 
-def test_names_without_structure_fall_back_to_exact_names() -> None:
+def test_names_that_no_expression_tells_apart_are_written_out() -> None:
+    experts = [Site(f"n.experts.{i}.{leaf}", 64, 64, W4, kind="experts") for i in range(2) for leaf in MLP]
+    look_alike = Site("m.experts.5.up_proj", 64, 64, W8)
+    emitted = emit([*experts, look_alike])
+    assert emitted.exact_names_because is not None
+    assert "m.experts.5.up_proj" in emitted.exact_names_because
+    assert targets_of(emitted) == {"group_0": [site.name for site in experts], "group_1": [look_alike.name]}
+    assert "; exact names because vllm reads m.experts.5.up_proj as group group_0" in emitted.summary
+
+
+def test_names_without_structure_are_written_as_they_are() -> None:
     names = ["alpha", "model.3.beta", "x-y.0.gamma"]
     emitted = emit([Site(name, 64, 64, W4 if i else W8) for i, name in enumerate(names)])
     assert targets_of(emitted)["group_0"] == ["alpha"]
