@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from qcompiler.errors import QCompilerError
 
 if TYPE_CHECKING:
     from qcompiler.ir.graph import Graph
+    from qcompiler.report import Report
 
 app = typer.Typer(
     name="qcompiler",
@@ -22,61 +25,125 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with config.json, or a hub id.")]
-PipelineOption = Annotated[str, typer.Option("--pipeline", "-p", help="A packaged pipeline's name, or a YAML file.")]
-TargetOption = Annotated[str | None, typer.Option("--target", "-t", help="Runtime and hardware, e.g. vllm-sm90.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that the model brings.")]
-PrintAfterOption = Annotated[list[str] | None, typer.Option("--print-after", help="Print the graph after this pass.")]
+_QUIET = {
+    "TQDM_DISABLE": "1",
+    "LOGURU_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+_DATA_OPTIONS = (
+    "config_name",
+    "split",
+    "text_column",
+    "samples",
+    "sequence_length",
+    "packing",
+    "shuffle",
+    "seed",
+    "batch_tokens",
+)
+_PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
 def main() -> None:
     """Entry point of the `qcompiler` command."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        app()
-    except QCompilerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with _quiet_libraries():
+        try:
+            app()
+        except QCompilerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
-def _console() -> Console:
-    # Piped output is for programs and files: one row is one line there, however long.
-    plain = not sys.stdout.isatty()
-    return Console(width=200 if plain else None, highlight=False, soft_wrap=False)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"qcompiler {version('qcompiler')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # Typer shows the help of the application itself; this function only holds its options.
+    return None
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with config.json, or a hub id.")]
+PipelineOption = Annotated[
+    str, typer.Option("--pipeline", "-p", metavar="NAME", help="A packaged pipeline's name, or a YAML file.")
+]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", "-t", metavar="NAME", help="Runtime and hardware, e.g. vllm-sm90.")
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that the model brings.")]
+PrintPipelineOption = Annotated[bool, typer.Option("--print-pipeline", help="First print the pipeline as YAML.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+PrintAfterOption = Annotated[
+    list[str] | None,
+    typer.Option("--print-after", metavar="PASS", help="Print the graph after this pass. May be repeated."),
+]
 
 
 @app.command()
 def compile(
+    context: typer.Context,
     model: Model,
     pipeline: PipelineOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
-    dataset: Annotated[str | None, typer.Option(help="Calibration data: a file, a folder, or a hub id.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 512,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 2048,
-    seed: Annotated[int, typer.Option(min=0, help="Order in which samples are drawn.")] = 0,
-    split: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
-    config_name: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
-    packing: Annotated[bool | None, typer.Option("--packing/--no-packing", help="Join rows to full samples.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the checkpoint.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Calibration data: a file, a folder, or a hub id. Not all pipelines need it."
+        ),
+    ] = None,
+    config_name: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Split of the dataset; default: train.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column that holds the text, or the chat.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Calibration samples.")] = 512,
+    sequence_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens per sample; capped at the model's window.")
+    ] = 2048,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Join rows to full samples; default: only text files.")
+    ] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Draw rows in random order.")] = True,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="What that order is drawn from.")] = 0,
+    batch_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens that are run at once, at most.")
+    ] = 16384,
     target: TargetOption = None,
     dtype: DtypeOption = "auto",
-    device: Annotated[str, typer.Option(help="Where partitions are run and solved: cpu, cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where partitions are run and solved: cpu, cuda, cuda:1.")
+    ] = "cpu",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT when the new one is whole.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the new one is whole.")] = False,
     print_after: PrintAfterOption = None,
+    print_pipeline: PrintPipelineOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Compile MODEL to a checkpoint."""
+    _check_exclusive(json, print_after, print_pipeline)
+    if dataset is None:
+        _refuse_data_options(context)
+
     from qcompiler.compile import compile as run
     from qcompiler.data import CalibrationSpec
-    from qcompiler.show import print_report
 
     spec = CalibrationSpec(
         dataset=dataset,
@@ -86,10 +153,13 @@ def compile(
         samples=samples,
         sequence_length=sequence_length,
         packing=packing,
+        shuffle=shuffle,
         seed=seed,
+        batch_tokens=batch_tokens,
     )
-    console = _console()
-    with _progress() as progress:
+    if print_pipeline:
+        _print_yaml(pipeline)
+    with _progress(downloads=not Path(model).is_dir()) as progress:
         result = run(
             model,
             pipeline=pipeline,
@@ -104,8 +174,11 @@ def compile(
             show=_printer(print_after, pipeline),
             progress=progress,
         )
-    print_report(result.report, console)
-    console.print(f"wrote {result.output}", markup=False)
+    if json:
+        _print_json(result.report.as_dict())
+    else:
+        _print_report(result.report)
+        print(f"wrote {result.output}")
 
 
 @app.command()
@@ -117,17 +190,19 @@ def plan(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     print_after: PrintAfterOption = None,
-    print_pipeline: Annotated[bool, typer.Option("--print-pipeline", help="Print the pipeline as YAML.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    print_pipeline: PrintPipelineOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Say what compiling MODEL would do. No weight is read."""
+    """Say what compiling MODEL would do.
+
+    Nothing is calibrated and no weight is read.
+    """
+    _check_exclusive(json, print_after, print_pipeline)
+
     from qcompiler.compile import plan as run
-    from qcompiler.pipeline import load_pipeline
-    from qcompiler.pipeline import print_pipeline as as_yaml
-    from qcompiler.show import print_report
 
     if print_pipeline:
-        print(as_yaml(load_pipeline(pipeline)), end="")
+        _print_yaml(pipeline)
     planned = run(
         model,
         pipeline,
@@ -138,43 +213,93 @@ def plan(
         show=_printer(print_after, pipeline),
     )
     if json:
-        from json import dumps
-
-        print(dumps(planned.report.as_dict(), indent=2))
+        _print_json(planned.report.as_dict())
     else:
-        print_report(planned.report, _console())
+        _print_report(planned.report)
 
 
 @app.command()
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled checkpoint.")],
-    reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text for KL divergence and perplexity.")] = None,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per window of the text.")] = 512,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Windows to use; default all.")] = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled checkpoint.")],
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model to compare with; needs --text.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for KL divergence and perplexity.")] = None,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per window of the text.")] = 512,
+    sequences: Annotated[int | None, typer.Option(metavar="N", min=1, help="Windows to use; default: all.")] = None,
     trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Load OUT as a client would, and compare it with what was compiled and with the dense model."""
+    """Load OUT as a client would, and compare.
+
+    Its logits must be those of the graph that was compiled; --reference compares it with the dense model on a text.
+    """
+    from dataclasses import asdict
+
     from qcompiler.verify import verify as run
 
     verification = run(
-        checkpoint,
+        out,
         reference=reference,
         text=text,
         sequence_length=sequence_length,
         sequences=sequences,
         trust_remote_code=trust_remote_code,
     )
-    _console().print(str(verification), markup=False)
+    if json:
+        _print_json(asdict(verification))
+    else:
+        print(verification)
 
 
 @app.command()
 def passes() -> None:
-    """List every pass with its options, and the packaged pipelines."""
+    """List passes with their options, and packaged pipelines."""
     from qcompiler.pipeline.describe import describe_passes, describe_pipelines
 
     print(describe_passes())
-    print(describe_pipelines())
+    print(describe_pipelines(), end="")
+
+
+def _check_exclusive(json: bool, print_after: list[str] | None, print_pipeline: bool) -> None:
+    if json and (print_after or print_pipeline):
+        raise typer.BadParameter("it cannot be combined with --print-after or --print-pipeline", param_hint="--json")
+
+
+def _refuse_data_options(context: typer.Context) -> None:
+    """Options that would silently do nothing."""
+    for name in _DATA_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter("it needs --dataset", param_hint=f"--{name.replace('_', '-')}")
+
+
+def _print_yaml(pipeline: str) -> None:
+    from qcompiler.pipeline import load_pipeline, print_pipeline
+
+    print(print_pipeline(load_pipeline(pipeline)))
+
+
+def _print_json(data: Mapping[str, Any]) -> None:
+    from json import dumps
+
+    print(dumps(data, indent=2, default=str))
+
+
+def _print_report(report: Report) -> None:
+    """As wide as the terminal; piped, as wide as the table, with no spaces at the ends of lines."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from qcompiler.show import print_report
+
+    if sys.stdout.isatty():
+        print_report(report, Console(highlight=False))
+        return
+    text = StringIO()
+    print_report(report, Console(file=text, width=_PIPED_WIDTH, highlight=False))
+    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def _printer(names: list[str] | None, pipeline: str) -> Callable[[str, Graph], None] | None:
@@ -189,17 +314,57 @@ def _printer(names: list[str] | None, pipeline: str) -> Callable[[str, Graph], N
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar with the time left on a terminal, nothing where output is piped."""
+def _quiet_libraries() -> Iterator[None]:
+    """Keep bars, log lines and warnings of libraries off the streams; what matters of them reaches us as exceptions.
+
+    Through the environment, because the libraries are not imported yet, and must not be for `--help`.
+    """
+    quiet = dict(_QUIET)
+    if not sys.stderr.isatty():
+        quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    added = {name: value for name, value in quiet.items() if name not in os.environ}
+    os.environ.update(added)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # who runs `python -W` wants to see them
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _progress(*, downloads: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar with the time left on a terminal, nothing where output is piped.
+
+    Where a model may be downloaded first, it starts with the first partition: until then the hub shows its own bars.
+    """
     if not sys.stderr.isatty():
         yield None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("capture", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+    bar = Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
+    )  # graphs that are printed into a file stay out of the bar's stream
+    task = bar.add_task("capture", total=None)
+
+    def update(what: str, done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, description=what, completed=done, total=total)
+
+    if not downloads:
+        bar.start()
+    try:
+        yield update
+    finally:
+        bar.stop()
 
 
 if __name__ == "__main__":

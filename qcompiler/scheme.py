@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
 
 from qcompiler.errors import ConfigError, did_you_mean
 
@@ -261,11 +261,31 @@ def preset(name: str) -> Scheme:
 
 
 def _preset_or_mapping(value: Any) -> Any:
-    return preset(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return preset(value)
+    except ConfigError as error:  # as a ValueError, pydantic adds where it was written
+        raise ValueError(f"{error.message} ({error.hint})") from None
 
 
-SchemeField = Annotated[Scheme, BeforeValidator(_preset_or_mapping)]
-"""A pydantic field that takes a preset's name or a spelled-out scheme."""
+def plain_scheme(scheme: Scheme) -> str | dict[str, Any]:
+    """A scheme as people write it: a preset's name where one is equal, else its specs without what is inferred."""
+    name = next((name for name, known in PRESETS.items() if known == scheme), None)
+    if name is not None:
+        return name
+    specs = {"weights": scheme.weights, "input_activations": scheme.input_activations}
+    return {key: _plain_spec(spec) for key, spec in specs.items() if spec is not None}
+
+
+def _plain_spec(spec: QuantSpec) -> dict[str, Any]:
+    plain = {"type": spec.type} | spec.model_dump(mode="json", exclude_defaults=True)
+    inferred = {key: value for key, value in plain.items() if key != "strategy"}
+    return inferred if QuantSpec.model_validate(inferred) == spec else plain
+
+
+SchemeField = Annotated[Scheme, BeforeValidator(_preset_or_mapping), PlainSerializer(plain_scheme)]
+"""A pydantic field that takes a preset's name or a spelled-out scheme, and prints as one."""
 
 
 class KVCacheSpec(BaseModel):

@@ -6,12 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import translate
+from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from qcompiler.emit.patterns import REGEX_PREFIX, Pattern
-from qcompiler.errors import did_you_mean
+from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.ir.annotations import Leaf, Role, Structure, need
 from qcompiler.ir.fx import Node
 
@@ -29,9 +30,26 @@ def _structures(value: Any) -> Any:
     return _as_tuple(value)
 
 
-Names = Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple)]
-Layers = Annotated[tuple[int | str, ...] | None, BeforeValidator(_as_tuple)]
-Structures = Annotated[tuple[Structure, ...] | None, BeforeValidator(_structures)]
+def _layers(value: Any) -> Any:
+    for item in _as_tuple(value) or ():
+        whole = isinstance(item, int) and not isinstance(item, bool)
+        if not (whole or (isinstance(item, str) and _SLICE.fullmatch(item))):
+            raise ValueError(f"{item!r} is neither a layer's index nor a slice like '2:-1'")
+    return _as_tuple(value)
+
+
+def _brief(value: tuple[Any, ...] | None) -> Any:
+    return value if value is None else _word(value[0]) if len(value) == 1 else [_word(v) for v in value]
+
+
+def _word(value: Any) -> str | int:
+    return value if isinstance(value, int) else str(value)
+
+
+_Brief = PlainSerializer(_brief)
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple), _Brief]
+Layers = Annotated[tuple[int | str, ...] | None, BeforeValidator(_layers), _Brief]
+Structures = Annotated[tuple[Structure, ...] | None, BeforeValidator(_structures), _Brief]
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 
@@ -51,34 +69,29 @@ class Select(BaseModel):
     structure: Structures = None
     min_parameters: int | None = Field(default=None, ge=0)
 
-    @field_validator("layers")
-    @classmethod
-    def _slices(cls, layers: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
-        for item in layers or ():
-            if isinstance(item, str) and not _SLICE.fullmatch(item):
-                raise ValueError(f"layers: {item!r} is neither an index nor a slice like '2:-1'")
-        return layers
-
     @field_validator("name")
     @classmethod
     def _expressions(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in names or ():
-            _pattern(name)
+            try:
+                _pattern(name)
+            except ConfigError as error:  # as a ValueError, pydantic adds where it was written
+                raise ValueError(error.message) from None
         return names
 
     @model_validator(mode="after")
     def _says_something(self) -> Select:
-        if not self.model_fields_set:
+        if all(getattr(self, key) is None for key in type(self).model_fields):
             raise ValueError("a select without any key: use {name: '*'} to mean every linear")
         return self
 
     def __str__(self) -> str:
         keys = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        parts = (f"{k}: {v[0] if isinstance(v, list) and len(v) == 1 else v}" for k, v in keys.items())
+        parts = (f"{k}: [{', '.join(map(str, v))}]" if isinstance(v, list) else f"{k}: {v}" for k, v in keys.items())
         return "{" + ", ".join(parts) + "}"
 
     def unmet(self, node: Node, layer_count: int) -> list[str]:
-        """The keys that do not hold for a leaf; empty where it is selected."""
+        """The keys that do not hold for a leaf; empty where it is selected. Raises `ConfigError` for an endless regex."""
         leaf, role = need(node, Leaf), need(node, Role)
         unmet = []
         if self.name is not None and not any(_pattern(name).matches(leaf.path) for name in self.name):
@@ -94,6 +107,7 @@ class Select(BaseModel):
         return unmet
 
 
+@lru_cache(maxsize=256)
 def _pattern(name: str) -> Pattern:
     # A glob is anchored at both ends by fnmatch; `re:` expressions match from the start, as loaders match them.
     return Pattern(name if name.startswith(REGEX_PREFIX) else REGEX_PREFIX + translate(name))
@@ -125,10 +139,27 @@ class Selection:
         if self.near:
             shown = [f"{need(n, Leaf).path} (but for {key}: {_has(n, key)})" for n, key in self.near[:3]]
             return f"nearest: {'; '.join(shown)}"
-        paths = [need(node, Leaf).path for node in nodes]
-        near = [did_you_mean(name, paths).removeprefix("; ") for name in select.name or ()]
-        structures = sorted({str(need(node, Role).structure) for node in nodes})
-        return next((n for n in near if n), f"the model has structures {', '.join(structures)}, e.g. {paths[:2]}")
+        keys = [key for key in type(select).model_fields if getattr(select, key) is not None]
+        return "; ".join(_there_is(key, select, nodes) for key in keys) if nodes else "the model has none"
+
+
+def _there_is(key: str, select: Select, nodes: Sequence[Node]) -> str:
+    """What the model has, for a key that nothing matches."""
+    leaves = [need(node, Leaf) for node in nodes]
+    layers = [role.layer for node in nodes if (role := need(node, Role)).layer is not None]
+    match key:
+        case "name":
+            paths = [leaf.path for leaf in leaves]
+            near = [did_you_mean(name, paths).removeprefix("; ") for name in select.name or ()]
+            return next((words for words in near if words), f"names look like {paths[0]}")
+        case "class_":
+            return f"the model has classes {', '.join(sorted({leaf.class_name for leaf in leaves}))}"
+        case "layers":
+            return f"the model has layers 0 to {max(layers)}" if layers else "the model has no layers"
+        case "structure":
+            return f"the model has structures {', '.join(sorted({_has(node, 'structure') for node in nodes}))}"
+        case _:
+            return f"the largest has {max(leaf.parameters for leaf in leaves)} parameters"
 
 
 def _has(node: Node, key: str) -> str:
@@ -137,12 +168,11 @@ def _has(node: Node, key: str) -> str:
     return str(facts.get(key, leaf.parameters))
 
 
-def find(select: Select, nodes: Sequence[Node]) -> Selection:
-    """Run a select over leaves. The layer count for negative indices is that of `nodes`."""
-    count = 1 + max((role.layer for node in nodes if (role := need(node, Role)).layer is not None), default=-1)
-    unmet = [(node, select.unmet(node, count)) for node in nodes]
+def find(select: Select, nodes: Sequence[Node], *, layer_count: int) -> Selection:
+    """Run a select over leaves. `layer_count` is the model's: it says which layer is -1."""
+    unmet = [(node, select.unmet(node, layer_count)) for node in nodes]
     chosen = tuple(node for node, keys in unmet if not keys)
     # A single key cannot nearly hold: without another one that does, every leaf would be a near miss.
-    several = len(select.model_fields_set) > 1
+    several = sum(getattr(select, key) is not None for key in type(select).model_fields) > 1
     near = tuple((node, keys[0]) for node, keys in unmet if len(keys) == 1) if several else ()
     return Selection(chosen, near)

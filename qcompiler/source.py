@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from qcompiler.checkpoints.companions import copy_companions
 from qcompiler.checkpoints.hub import resolve_model
+from qcompiler.checkpoints.memory import LoadedTensors
 from qcompiler.checkpoints.names import NameMap
-from qcompiler.checkpoints.reader import CheckpointReader
+from qcompiler.checkpoints.reader import CheckpointReader, TensorSource, fingerprint
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
+from qcompiler.refuse import refuse, refuse_built
 
 OLDEST_TRANSFORMERS = "5.16"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+TokenizerLike = PreTrainedTokenizerBase | str | Path
+
 
 @dataclass(eq=False)
 class ModelSource:
-    """A causal language model in a local folder. `model` lies on the meta device; `names` opens the weight files."""
+    """A causal language model: `model` lies on the meta device, `names` opens the weights when they are first needed.
+
+    `folder` holds config, tokenizer and other small files. For a model that was handed over loaded it is a temporary
+    one, deleted by `close`, and `loaded` has the weights. Close it, or use it as a context manager.
+    """
 
     folder: Path
     config: Any
     model: PreTrainedModel
     trust_remote_code: bool = False
-    open_weights: Callable[[Path], CheckpointReader] = CheckpointReader.open
+    open_weights: Callable[[Path], TensorSource] = CheckpointReader.open
+    loaded: PreTrainedModel | None = None
+    staging: TemporaryDirectory[str] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that weights are computed and scales are written in."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def window(self) -> int | None:
@@ -55,112 +69,204 @@ class ModelSource:
         return int(declared) if declared else int(width) // int(heads) if heads and width else None
 
     @cached_property
-    def reader(self) -> CheckpointReader:
-        """The weight files, their headers checked. Raises `CheckpointError`."""
-        return self.open_weights(self.folder)
+    def reader(self) -> TensorSource:
+        """The weights: files with their headers checked, or those in memory. Raises `CheckpointError`."""
+        return LoadedTensors(self.loaded) if self.loaded is not None else self.open_weights(self.folder)
 
     @cached_property
     def names(self) -> NameMap:
         """Paths of the model against keys of the checkpoint. Raises `CheckpointError` where they do not agree."""
-        return NameMap.build(self.model, self.reader)
+        if self.loaded is None:
+            return NameMap.build(self.model, self.reader)
+        return NameMap.of_loaded(self.model, self.reader, getattr(self.loaded, "_weight_conversions", None))
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder holds any weight file: a plan needs none."""
-        return any(self.folder.glob("*.safetensors*")) or any(self.folder.glob("*.bin*"))
+        """Whether there is any weight: a plan needs none."""
+        return self.loaded is not None or _weight_files(self.folder)
 
     def load(self, paths: Iterable[str]) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by path, on the CPU, in the model's dtype."""
-        return self.names.load_many(paths)
+        """Parameters and persistent buffers by path, in the model's dtype.
+
+        They lie on the CPU, or where a loaded model has them. Raises `CheckpointError` for a parameter with NaN or
+        infinite values: whatever is compiled from it would be broken, and no statistic would be right.
+        """
+        values = self.names.load_many(paths)
+        for path, value in values.items():
+            if path in self._parameters and value.is_floating_point() and value.numel():
+                self._check_finite(path, value)
+        return values
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+
+    def _check_finite(self, path: str, value: Tensor) -> None:
+        low, high = value.aminmax()  # one pass, and NaN wins
+        if bool(low.isfinite() & high.isfinite()):
+            return
+        stored = self.names.sources(path)[0]
+        bad = int((~value.isfinite()).sum())
+        raise CheckpointError(
+            f"{path} has {bad} NaN or infinite values of {value.numel()} in {_short(self.dtype)} "
+            f"(tensor {stored.key!r} of {stored.file})",
+            hint="the checkpoint is damaged, or --dtype is too narrow for it",
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What the model is, whatever its folder is called: hashes of its config and of its weights."""
+        config = (self.folder / "config.json").read_bytes()
+        return {"config": hashlib.sha256(config).hexdigest(), "weights": fingerprint(self.reader)}
 
     def close(self) -> None:
-        """Close the weight files."""
+        """Close the weight files, and delete the temporary folder of a loaded model."""
         if "reader" in self.__dict__:
             self.reader.close()
+        if self.staging is not None:
+            self.staging.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def open_model(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, dtype: str = "auto"
+    model: str | Path | PreTrainedModel,
+    *,
+    tokenizer: TokenizerLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> ModelSource:
-    """Find a model (local folder or hub id) and build it on the meta device. No weight is read.
+    """Find a model (local folder, hub id, or loaded) and build it on the meta device. No weight is read.
 
-    Raises `CaptureError` for what is no causal language model of the installed Transformers, `ConfigError` for a wrong
-    dtype, `CheckpointError` for a folder that is none.
+    tokenizer: of a loaded model, as an object or a folder; a folder brings its own. A loaded model is only read: it is
+    neither run nor changed. Raises `CaptureError` for what is no causal language model of the installed Transformers,
+    `ConfigError` for a wrong dtype or tokenizer, `CheckpointError` for a folder that is none.
     """
     if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         raise CaptureError(
             f"Transformers {transformers.__version__} is too old to capture models from",
             hint=f"install transformers>={OLDEST_TRANSFORMERS}",
         )
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}", hint=f"auto, {', '.join(DTYPES)}")
+    if not isinstance(model, (str, Path)):
+        return _open_loaded(model, tokenizer, dtype)
+    if tokenizer is not None:
+        raise ConfigError(f"{model} is a folder, which brings its own tokenizer", hint="leave tokenizer= out")
     folder = resolve_model(str(model), revision=revision)
-    config = _config(folder, trust_remote_code)
-    refuse(config)
+    config = _read_config(folder, trust_remote_code)
     built = build_on_meta(config, dtype=_dtype(dtype, config, folder), trust_remote_code=trust_remote_code)
+    refuse_built(built)
     return ModelSource(folder, config, built, trust_remote_code)
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
+def _open_loaded(model: Any, tokenizer: TokenizerLike | None, dtype: str) -> ModelSource:
+    """A source over a loaded model. What `save_pretrained` writes besides weights goes to a temporary folder."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"a {name} cannot be compiled", hint="give a folder, a hub id or a loaded transformers.PreTrainedModel"
+        )
+    if model.is_remote_code():
+        raise CaptureError(
+            f"the loaded {name} is defined by code outside Transformers",
+            hint="save it with save_pretrained, and compile the folder with trust_remote_code=True",
+        )
+    staging = TemporaryDirectory(prefix="qcompiler-model-")
+    try:
+        folder = Path(staging.name)
+        config = copy.deepcopy(model.config)
+        config.dtype, config.architectures = _short(model.dtype), [name]
+        config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        _stage_tokenizer(tokenizer, folder)
+        config = _read_config(folder, trust_remote_code=False)
+        built = build_on_meta(config, dtype=model.dtype if dtype == "auto" else DTYPES[dtype])
+        if type(built) is not type(model):
+            raise CaptureError(
+                f"the loaded {name} would be served as {type(built).__name__}, as its config says",
+                hint=f"load it as transformers.AutoModelForCausalLM: that gives a {type(built).__name__}",
+            )
+        refuse_built(built)
+        return ModelSource(folder, config, built, loaded=model, staging=staging)
+    except BaseException:
+        staging.cleanup()
+        raise
+
+
+def _stage_tokenizer(tokenizer: TokenizerLike | None, folder: Path) -> None:
+    if isinstance(tokenizer, (str, Path)):
+        if not Path(tokenizer).is_dir():
+            raise ConfigError(f"tokenizer={str(tokenizer)!r}: there is no such folder", hint="give a folder or an object")
+        copy_companions(Path(tokenizer), folder, without=("generation_config.json",))
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's config, as a model that can be compiled. Raises `CheckpointError` and `CaptureError`."""
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no config.json", hint="MODEL is a folder as save_pretrained writes it")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        raise CheckpointError(
+            f"{file} is not JSON: {type(error).__name__}: {error}", hint="download the file again"
+        ) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    if "auto_map" in raw and not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{file} holds a {type(raw).__name__}, not a JSON object", hint="download the file again"
+        )
+    kind = raw.get("model_type")
+    known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+    if "auto_map" in raw and not known and not trust_remote_code:
         raise CaptureError(
             f"{folder} brings its own modeling code, which is not run unasked",
             hint="read that code, then pass --trust-remote-code (Python: trust_remote_code=True)",
         )
+    if not known and "auto_map" not in raw:
+        near = did_you_mean(kind, transformers.CONFIG_MAPPING.keys()) if isinstance(kind, str) else ""
+        raise CaptureError(
+            f"{file}: model_type {kind!r} is not known to Transformers {transformers.__version__}{near}",
+            hint="correct config.json, or install a newer Transformers that knows it",
+        )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config can fail in as many ways as there are models
-        kind = raw.get("model_type")
-        near = did_you_mean(str(kind), transformers.CONFIG_MAPPING.keys())
-        unknown = kind not in transformers.CONFIG_MAPPING
-        what = (
-            f"model_type {kind!r} is not known to Transformers {transformers.__version__}{near}" if unknown else error
-        )
-        raise CaptureError(f"{file}: {what}", hint="a newer Transformers may know it") from error
-
-
-def refuse(config: Any) -> None:
-    """Raise `CaptureError` for models that are no dense causal decoder: what they are, and why that is refused."""
-    name = config.model_type
-    if getattr(config, "quantization_config", None) is not None:
         raise CaptureError(
-            f"{name}: this model is already quantized", hint="compile the original, unquantized checkpoint"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise CaptureError(f"{name} is an encoder-decoder; only decoders are compiled")
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
-        raise CaptureError(f"{name} has no causal language model in Transformers {transformers.__version__}")
-    parts = [
-        key for key in ("vision_config", "audio_config", "speech_config") if getattr(config, key, None) is not None
-    ]
-    if parts or (config.get_text_config() is not config):
-        raise CaptureError(
-            f"{name} is multimodal ({', '.join(parts) or 'it nests a text_config'}); only text decoders are compiled",
-            hint="save the language model alone and compile that",
-        )
+            f"{file} is no valid {kind} config: {type(error).__name__}: {error}",
+            hint="correct config.json: Transformers itself does not load it",
+        ) from error
+    refuse(config)
+    return config
 
 
 def _dtype(name: str, config: Any, folder: Path) -> torch.dtype:
     if name != "auto":
-        if name not in DTYPES:
-            raise ConfigError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}", hint=f"auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     declared = getattr(config, "dtype", None)
     if isinstance(declared, str):
         declared = DTYPES.get(declared)
     if isinstance(declared, torch.dtype):
         return declared
-    if not any(folder.glob("*.safetensors*")):
+    if not _weight_files(folder):
         return torch.float32
     with CheckpointReader.open(folder) as reader:
         return next((meta.dtype for meta in reader.tensors.values() if meta.dtype.is_floating_point), torch.float32)
+
+
+def _weight_files(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin*"))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -171,6 +277,9 @@ def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = 
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        raise CaptureError(f"{config.model_type}: the model cannot be built from its config: {error}") from error
+        raise CaptureError(
+            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {error}",
+            hint="correct config.json: Transformers itself does not build it",
+        ) from error
     model.eval()
     return model

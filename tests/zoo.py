@@ -38,6 +38,21 @@ _UNSAID: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 
+# Twins that need many layers to show every kind, cut to a few that still do.
+_SHORT: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_kv_shared_layers": 1,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0],
+        "intermediate_size": 16384,
+    },
+}
+
 _RECURRENT_ENTRY = re.compile(r"\w*(mamba|ssm|conv|lru_width|state_size)\w*|linear_(num_\w+)?heads")
 _RECURRENT_LAYER = re.compile(r"linear_attention|conv|mamba|recurrent")
 
@@ -65,9 +80,9 @@ def left_out(model_type: str) -> str | None:
     return None
 
 
-def default_config(model_type: str) -> PreTrainedConfig:
-    """The default config of `model_type`, of its real size, as a decoder."""
-    said = dict(_UNSAID.get(model_type, {}))
+def default_config(model_type: str, **said: Any) -> PreTrainedConfig:
+    """The default config of `model_type`, of its real size, as a decoder. `said`: what it says differently."""
+    said = {**_UNSAID.get(model_type, {}), **said}
     cls = CONFIG_MAPPING[model_type]
     if hasattr(cls, "is_decoder"):
         said["is_decoder"] = True  # encoders that can also decode are bidirectional by default
@@ -77,8 +92,8 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 
 def tiny_config(model_type: str, *, layers: int | None = None) -> PreTrainedConfig:
-    """The default config of `model_type`, shrunk. `layers` as in `shrink`."""
-    return shrink(default_config(model_type), layers=layers)
+    """The default config of `model_type`, short and shrunk. `layers` as in `shrink`."""
+    return shrink(default_config(model_type, **_SHORT.get(model_type, {})), layers=layers)
 
 
 def _is_model(part: type[PreTrainedConfig]) -> bool:

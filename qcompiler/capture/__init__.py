@@ -1,31 +1,6 @@
 """Capture: from a Hugging Face model to a `Graph` of raised leaves, each with its role."""
 
-from __future__ import annotations
+from qcompiler.capture.compare import capture_and_prove
+from qcompiler.capture.graph import capture_graph
 
-from transformers import PreTrainedModel
-
-from qcompiler.capture.buffers import non_persistent_buffers
-from qcompiler.capture.export import export
-from qcompiler.capture.raising import raise_leaves
-from qcompiler.capture.roles import annotate_roles
-from qcompiler.ir.graph import Graph
-
-
-def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
-    """Capture the forward pass of a model (in eval mode; usually on the meta device).
-
-    `repeat`: trace each kind of layer once and copy it for its likes, where the model allows it. Raises `CaptureError` with the reason where the model does not trace. The graph is not compared with eager here: see
-    `qcompiler.capture.compare`.
-    """
-    exported = export(model, repeat=repeat)
-    raise_leaves(exported.graph, model)
-    graph = Graph(
-        exported.graph,
-        model,
-        constants=exported.constants,
-        buffers=non_persistent_buffers(model),
-        max_sequence_length=exported.max_sequence_length,
-        like=exported.like,
-    )
-    annotate_roles(graph)
-    return graph
+__all__ = ["capture_and_prove", "capture_graph"]

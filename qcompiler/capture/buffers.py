@@ -33,7 +33,8 @@ def non_persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
         for name in names:
             if not torch.equal(first[name], second[name]):
                 raise CaptureError(
-                    f"buffer {path}.{name} is in no checkpoint, and {type(owner).__name__}._init_weights does not set it",
+                    f"buffer {path}.{name} is in no checkpoint, and {type(owner).__name__}._init_weights does not set "
+                    "it",
                     hint="pass the loaded model itself instead of its folder",
                 )
         found |= {f"{path}.{name}": tensor for name, tensor in first.items()}

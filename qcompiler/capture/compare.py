@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qcompiler.capture.graph import capture_graph
 from qcompiler.capture.twin import build_twin
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Leaf, get
@@ -17,49 +19,108 @@ from qcompiler.ir.partition import partitions
 from qcompiler.runtime.evaluate import evaluate
 
 _SHAPE = (3, 13)
+_LEAK = 0.03
+"""What a later token may change in earlier logits, in their standard deviations: experts round what they batch."""
+
+
+class NotTheModelError(CaptureError):
+    """The graph's logits are not the model's."""
+
+
+def capture_and_prove(model: PreTrainedModel, *, trust_remote_code: bool = False) -> tuple[Graph, list[str]]:
+    """Capture a model and compare the graph with eager execution; the graph, and notes on how it was captured.
+
+    Where the graph was made of copied layers and is not the model, something depends on the layer's index: every layer
+    is traced, and compared again. Raises `CaptureError` where the model cannot be captured, is not causal, or the graph
+    still is not the model.
+    """
+    graph = capture_graph(model)
+    try:
+        compare_with_eager(graph, trust_remote_code=trust_remote_code)
+    except NotTheModelError as error:
+        if not has_copies(graph):
+            raise
+        graph = capture_graph(model, repeat=False)
+        compare_with_eager(graph, trust_remote_code=trust_remote_code)
+        return graph, [f"every layer was traced, since layers that look alike are not: {error.message}"]
+    return graph, []
+
+
+def has_copies(graph: Graph) -> bool:
+    """Whether any layer of the graph is a copy of another's trace."""
+    return len(set(graph.like.values())) < len(graph.like)
 
 
 def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None:
-    """Compare a graph of a model on the meta device with eager execution, on a shrunken twin of the same architecture.
+    """Compare a graph with eager execution: of its own model where that has weights, else of a shrunken twin.
 
-    The twin is captured in the same way, has two layers of every kind that was traced once and copied, and must show every
-    kind of partition that the graph has. Then its graph and its eager forward pass must agree to the last bit. Raises
-    `CaptureError` otherwise.
+    The twin is captured in the same way, has two layers of every kind that was traced once and copied, and must show
+    every kind of partition that the graph has. Then its graph and its eager forward pass must agree to the last bit.
+    Raises `CaptureError` otherwise.
     """
-    from qcompiler.capture import capture_graph
     from qcompiler.source import build_on_meta
 
+    if graph.model.device.type != "meta":
+        return compare_logits(graph, graph.model)
     twin = build_twin(
         graph.model.config, layers=_depth(graph), dtype=graph.model.dtype, trust_remote_code=trust_remote_code
     )
     bare = build_on_meta(twin.config, dtype=twin.dtype, trust_remote_code=trust_remote_code)
-    twin_graph = capture_graph(bare)
+    twin_graph = capture_graph(bare, repeat=bool(graph.like))
     shown = {_kind(part) for part in partitions(twin_graph)}
     for part in partitions(graph):
         if _kind(part) not in shown:
             raise CaptureError(
-                f"{type(graph.model).__name__}: {part.name} is of a kind that no partition of its shrunken twin is of, so the "
-                "graph cannot be compared with eager",
+                f"{type(graph.model).__name__}: {part.name} is of a kind that no partition of its shrunken twin is of, "
+                "so the graph cannot be compared with eager",
                 hint="pass the loaded model instead of its folder",
             )
-    compare_logits(twin_graph, twin)
+    return compare_logits(twin_graph, twin)
 
 
 def compare_logits(graph: Graph, model: PreTrainedModel) -> None:
-    """Compare a graph with the eager forward pass of a model that has weights. Raises `CaptureError` on any difference."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size - 1, _SHAPE, generator=generator)
-    state = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    """Compare a graph with the eager forward pass of a model that has weights, and that pass with causality.
+
+    Raises `CaptureError` when a later token changes an earlier logit, or when any bit differs.
+    """
+    ids = _tokens(model)
+    wanted = _causal_logits(model, ids)
+    tensors = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     with torch.no_grad():
-        got = graph_logits(graph, ids, state | graph.buffers)
-        wanted = model(input_ids=ids, use_cache=False).logits
+        got = graph_logits(graph, ids, tensors | graph.buffers)
     if not torch.equal(got, wanted):
         difference = (got.double() - wanted.double()).abs().max().item()
-        raise CaptureError(
-            f"the captured graph of {type(model).__name__} does not compute what the model computes: at batch {_SHAPE[0]} "
-            f"and length {_SHAPE[1]} logits differ by up to {difference:.3g}",
+        raise NotTheModelError(
+            f"the captured graph of {type(model).__name__} does not compute what the model computes: at batch "
+            f"{_SHAPE[0]} and length {_SHAPE[1]} logits differ by up to {difference:.3g}",
             hint="this is a defect of the capture or of the model's own tracing support; please report the model type",
         )
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise `CaptureError` when, in eager execution of a model with weights, a later token changes an earlier logit.
+
+    Sequences are padded on the right without a mask, which is right only where no token sees those after it.
+    """
+    _causal_logits(model, _tokens(model))
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    return torch.randint(3, model.config.vocab_size - 1, _SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def _causal_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    other = torch.cat([ids[:, :-1], ids[:, -1:] - 1], dim=1)
+    with torch.no_grad():
+        logits, changed = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, other))
+    leak = (logits - changed)[:, :-1].abs().max() / logits.float().std()
+    if leak > _LEAK:
+        raise CaptureError(
+            f"{type(model).__name__} is not causal: a later token changes an earlier logit "
+            f"(by {leak:.2g} standard deviations)",
+            hint="only decoders are compiled; some encoders become one with is_decoder=true in their config",
+        )
+    return cast(Tensor, logits)
 
 
 def graph_logits(graph: Graph, ids: Tensor, tensors: dict[str, Tensor]) -> Tensor:

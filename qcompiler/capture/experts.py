@@ -1,52 +1,56 @@
-"""Experts as one node: while capturing, a block of experts is one opaque operation.
+"""Experts as one node: while capturing, a call of a block of experts is one opaque operation.
 
-Transformers dispatches expert blocks through its `ExpertsInterface`. For the length of a capture we register an
-implementation that records a single operation naming the module; `raise_leaves` turns it back into a call of that
-module, so what runs later is the module's own forward.
+Transformers calls a block of experts as `experts(hidden_states, indices, weights)`, however it computes them then. For
+the length of a capture such a call records a single operation that names the module; `raise_leaves` turns it back into
+a call of that module, so what runs later is the module's own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from qcompiler.capture.calls import intercepted
 from qcompiler.capture.operators import define
 
-_NAME = "qcompiler_capture"
 EXPERTS_OP = "qcompiler.experts"
 
 
-def _experts_fake(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, path: str) -> Tensor:
+def _experts_fake(hidden_states: Tensor, indices: Tensor, weights: Tensor, path: str) -> Tensor:
     return torch.empty_like(hidden_states)
 
 
-_experts = define(
-    "experts(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, str path) -> Tensor", _experts_fake
-)
+_experts = define("experts(Tensor hidden_states, Tensor indices, Tensor weights, str path) -> Tensor", _experts_fake)
 
 
 @contextmanager
 def experts_as_one_op(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context every dispatched expert block of `model` is traced as one `qcompiler::experts` node."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
-    before = {key: getattr(config, "_experts_implementation_internal", None) for key, config in configs.items()}
-
-    def traced(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        result: Tensor = _experts(hidden_states, top_k_index, top_k_weights, paths[id(self)])
-        return result
-
-    ALL_EXPERTS_FUNCTIONS[_NAME] = traced
-    try:
-        for config in configs.values():
-            config._experts_implementation_internal = _NAME
+    """Within this context every call of a block of experts is traced as one `qcompiler::experts` node."""
+    candidates = {
+        module: partial(_call, path)
+        for path, module in model.named_modules()
+        if len(inspect.signature(type(module).forward).parameters) == 4  # self, hidden states, indices, weights
+    }
+    with intercepted(candidates):
         yield
-    finally:
-        for key, config in configs.items():
-            config._experts_implementation_internal = before[key]
-        del ALL_EXPERTS_FUNCTIONS[_NAME]
+
+
+def _call(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    given = tuple(inspect.signature(forward).bind(*args, **kwargs).arguments.values())
+    return _experts(*given, path) if _is_routed(given) else forward(*args, **kwargs)
+
+
+def _is_routed(given: tuple[Any, ...]) -> bool:
+    """Whether these are states [..., hidden], and the indices and weights [tokens, k] of each token's experts."""
+    if len(given) != 3 or not all(isinstance(argument, Tensor) for argument in given):
+        return False
+    states, indices, weights = given
+    routing = indices.dim() == 2 and indices.shape == weights.shape and not indices.is_floating_point()
+    return bool(routing and states.is_floating_point() and weights.is_floating_point())

@@ -6,9 +6,12 @@ padded on the right: under a causal mask no real token sees a padded one, so the
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import PreTrainedModel
 
 from qcompiler.capture.experts import experts_as_one_op
 from qcompiler.capture.functional import functionalize
-from qcompiler.capture.repeat import NotRepeatable, Repeats, expand_repeats, trace_once
+from qcompiler.capture.repeat import NotRepeatableError, Repeats, expand_repeats, trace_once
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Scope, annotate
 from qcompiler.ir.fx import Node, call_functions, erase_dead, is_op, tensor_arg, value
@@ -58,14 +61,15 @@ class Exported:
 
 
 def export(model: PreTrainedModel, *, repeat: bool = True) -> Exported:
-    """Export `model` (usually on the meta device), tracing each kind of layer once where `repeat` and the model allow it.
+    """Export `model` (usually on the meta device).
 
-    Raises `CaptureError` with the reason when it does not trace.
+    `repeat`: trace each kind of layer once, where the model allows it. Raises `CaptureError` with the reason when it
+    does not trace.
     """
     if repeat:
         try:
             return _export(model, repeat=True)
-        except (NotRepeatable, CaptureError):
+        except (NotRepeatableError, CaptureError):
             # Layers that share state, or a model that does not trace at all: the plain way decides which, and says so.
             pass
     return _export(model, repeat=False)
@@ -78,15 +82,14 @@ def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
         ids = torch.zeros(2, 8, dtype=torch.long)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        repeats = stack.enter_context(trace_once(model)) if repeat else Repeats()
         stack.enter_context(experts_as_one_op(model))
         stack.enter_context(_fake_weights(model, fake))
-        repeats = stack.enter_context(trace_once(model)) if repeat else Repeats()
         window = stack.enter_context(_frozen_rope(model))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(_quiet())
         try:
             program = torch.export.export(_Logits(model), (ids,), dynamic_shapes=dynamic, strict=False)
-        except NotRepeatable:
+        except NotRepeatableError:
             raise
         except Exception as error:  # anything at all can come out of tracing foreign code
             raise CaptureError(
@@ -94,20 +97,46 @@ def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
                 hint="qcompiler needs a decoder whose forward pass has no data-dependent or length-dependent Python",
             ) from error
     graph, constants = _with_attributes(program)
-    expand_repeats(graph)
     functionalize(graph)
     canonicalize(graph)
-    return Exported(graph, constants, window, repeats.like)
+    expand_repeats(graph)
+    bounds = [bound for bound in (window, _longest(program)) if bound is not None]
+    return Exported(graph, constants, min(bounds, default=None), repeats.like)
+
+
+def _longest(program: ExportedProgram) -> int | None:
+    """The longest sequence for which a branch on the length goes the way it went; None where no branch bounds it."""
+    (name,) = program.graph_signature.user_inputs
+    (node,) = (n for n in program.graph.nodes if n.name == name)
+    upper = program.range_constraints[value(node).shape[1].node.expr].upper
+    return int(upper) if upper.is_Integer else None
+
+
+_FIXED = re.compile(r"size\(\)\[([01])\] as dynamic but your code specialized it")
+_DIMENSIONS = {"0": "the batch size", "1": "the sequence length"}
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if "pecializ" in text or "ConstraintViolation" in type(error).__name__:
-        return "its forward pass fixes the batch size or the sequence length (state-space and recurrent layers do)"
-    if "data-dependent" in text or "DataDependent" in type(error).__name__ or "unbacked" in text:
-        return "its forward pass branches on the values of tensors (an experts loop that Transformers cannot dispatch does)"
+    if "data-dependent" in text:
+        return "its forward pass depends on the values of tensors (a loop over the experts that were chosen does)"
+    if fixed := sorted({_DIMENSIONS[index] for index in _FIXED.findall(text)}):
+        return f"its forward pass fixes {' and '.join(fixed)} (state-space and recurrent layers do)"
     first = next((line for line in text.splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first.strip()[:200]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from warning, and from printing the graph that it has so far, when it cannot trace a model."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 @contextmanager
@@ -171,7 +200,10 @@ def _original_window(config: Any) -> int:
 
 
 def _with_attributes(program: ExportedProgram) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """The program's graph with lifted parameters, buffers and constants as `get_attr` nodes on the model's own paths."""
+    """The program's graph, and its constants.
+
+    Parameters, buffers and constants that were lifted to inputs become `get_attr` nodes, on the model's own paths.
+    """
     graph = program.graph_module.graph
     constants: dict[str, Tensor] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -181,7 +213,8 @@ def _with_attributes(program: ExportedProgram) -> tuple[fx.Graph, dict[str, Tens
             continue
         target = str(spec.target)
         if spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[target] = program.constants[target]
+            constant, target = program.constants[target], f"constant_{len(constants)}"
+            constants[target] = constant
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             target = target.removeprefix(f"{_ROOT}.")
         else:
@@ -224,7 +257,7 @@ def canonicalize(graph: fx.Graph) -> None:
 
 
 _CASTS = ("aten.to", "aten._to_copy")
-_ALIASES = ("aten.detach", "aten.alias", "aten.lift_fresh_copy", "aten.dropout", "aten.feature_dropout")
+_ALIASES = ("aten.detach", "aten.detach_", "aten.alias", "aten.lift_fresh_copy", "aten.dropout", "aten.feature_dropout")
 _ALL = 9223372036854775807
 
 
@@ -239,7 +272,7 @@ def _is_identity(node: Node) -> bool:
         before, after = value(source), value(node)
         return bool(before.dtype == after.dtype and before.device == after.device)
     if is_op(node, "aten.slice"):
-        start, end = (*node.args[2:4], *([None, _ALL][len(node.args) - 2 :]))
-        step = node.args[4] if len(node.args) > 4 else 1
+        given: list[object] = [*node.args[2:], *(None, _ALL, 1)[len(node.args) - 2 :]]
+        start, end, step = given
         return start in (0, None) and end in (_ALL, None) and step == 1
     return False

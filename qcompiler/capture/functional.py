@@ -1,52 +1,157 @@
 """Rewrite in-place operations as operations on values, so that the dataflow is all there is to know.
 
-Models fill buffers piece by piece (`k[..., :n].copy_(a)`), and exported graphs keep that. A walk over the graph would not
-see where such a tensor comes from, and a cached value could be written to.
+Models fill buffers piece by piece (`k[..., :n].copy_(a)`) and add to views (`x.permute(...) += y`), and exported graphs
+keep that. A walk over the graph would not see where such a tensor comes from, and a cached value could be written to.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from qcompiler.ir.fx import Node, is_op, mutates, tensor_arg, value
+from qcompiler.ir.fx import Node, is_op, mutates, op_name, tensor_arg, value
 
 _SCATTER = {"aten.slice": torch.ops.aten.slice_scatter.default, "aten.select": torch.ops.aten.select_scatter.default}
+_SAME = frozenset(f"aten.{name}" for name in ("alias", "contiguous", "detach", "dropout", "to", "type_as"))
+_SHAPED = frozenset(f"aten.{name}" for name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"))
+_UNKNOWN = (torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype)
+_MOVED = frozenset({"aten.permute", "aten.transpose", "aten.t"})
 
 
 def functionalize(graph: fx.Graph) -> None:
-    """Replace in-place operations on fresh tensors, or on slices of them, by their functional forms.
+    """Replace in-place operations on tensors that the graph made by their functional forms.
 
-    What writes through any other kind of view stays in place, which is right but opaque to patterns.
+    Which nodes share memory is known from the fake tensors of the trace. A tensor that is written through a view with
+    no inverse here keeps all its writes in place, which is right but opaque to patterns; so does a parameter or input.
     """
-    for node in [n for n in graph.nodes if mutates(n)]:
-        written = tensor_arg(node, 0)
-        chain = _view_chain(written) if written is not None else None
+    sharing: dict[int, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for storage in _storages(node):
+            sharing[storage].append(node)
+    for members in sharing.values():
+        memory = _Memory(graph, members)
+        if any(mutates(node) for node in members) and memory.is_understood():
+            memory.rewrite()
+
+
+def _storages(node: Node) -> set[int]:
+    """The memories that a node's value lies in: several for a list of tensors."""
+    val = value(node)
+    tensors = [val] if isinstance(val, Tensor) else val if isinstance(val, list | tuple) else []
+    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
+
+
+@dataclass(slots=True)
+class _Memory:
+    """The nodes whose values share one memory: the first made it, the others view it or write to it.
+
+    `now` is the value of each member, and after how many writes it was that; `parent` is what a view was made of.
+    """
+
+    graph: fx.Graph
+    members: list[Node]
+    writes: int = 0
+    now: dict[Node, tuple[int, Node]] = field(default_factory=dict)
+    parent: dict[Node, Node] = field(default_factory=dict)
+
+    def is_understood(self) -> bool:
+        """Whether every member is a view of an earlier one, or writes to one through views that have an inverse."""
+        base = self.members[0]
+        if base.op != "call_function" or mutates(base):
+            return False
+        above: dict[Node, Node | None] = {base: None}
+        for node in self.members[1:]:
+            viewed = tensor_arg(node, 0)
+            if node.op != "call_function" or viewed not in above or node.target in _UNKNOWN:
+                return False
+            above[node] = viewed
+            if mutates(node) and not (_functional(node) and self._goes_back(node, above)):
+                return False
+        readers = {user for node in self.members for user in node.users} - above.keys()
+        return not any(mutates(user) and not (_writes_first(user) and user.args[0] not in above) for user in readers)
+
+    def _goes_back(self, write: Node, above: dict[Node, Node | None]) -> bool:
+        node: Node | None = above[write]
+        while node is not None and (above[node] is None or mutates(node) or _has_inverse(node)):
+            node = above[node]
+        return node is None
+
+    def rewrite(self) -> None:
+        members = dict.fromkeys(self.members)
+        readers = [user for node in self.members for user in node.users]
+        self.now[self.members[0]] = (0, self.members[0])
+        for node in sorted({*readers, *self.members[1:]}):
+            if node in members and mutates(node):
+                self._write(node)
+                continue
+            if node in members:
+                self.parent[node] = node.all_input_nodes[0]
+                self.now[node] = (self.writes, node)
+            for source in node.all_input_nodes:
+                if source in members:
+                    node.replace_input_with(source, self._value(source, node))
+                    _reshape(node)
+
+    def _write(self, node: Node) -> None:
         functional = _functional(node)
-        if written is None or chain is None or functional is None:
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(functional, node.args, dict(node.kwargs))
-            new.meta = {**node.meta, "val": value(written)}
-            for view in chain:
-                _replace_later(view, node, new)
-                new = _scatter(graph, view, new)
-            _replace_later(_base(written, chain), node, new)
-        node.replace_all_uses_with(new if not chain else node.args[0])
-        graph.erase_node(node)
+        written = tensor_arg(node, 0)
+        assert functional is not None
+        assert written is not None
+        for source in node.all_input_nodes:
+            if source in self.now:
+                node.replace_input_with(source, self._value(source, node))
+        before = tensor_arg(node, 0)
+        meta = {**node.meta, "val": value(written)}
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(functional, node.args, dict(node.kwargs))
+            new.meta = dict(meta)
+            if _promotes(node):  # the written tensor keeps its dtype
+                new = self.graph.call_function(torch.ops.aten.copy.default, (before, new))
+                new.meta = dict(meta)
+            changed = [(written, new)]
+            member = written
+            while member in self.parent:
+                above = self.parent[member]
+                new = _undo(self.graph, member, self._value(above, node), new)
+                new.meta = {**meta, "val": value(above)}
+                changed.append((above, new))
+                member = above
+        self.writes += 1
+        self.now |= {member: (self.writes, new) for member, new in changed}
+        node.replace_all_uses_with(written)
+        self.graph.erase_node(node)
+
+    def _value(self, member: Node, reader: Node) -> Node:
+        """The value of `member` now: views that were made before the last write are made again, before `reader`."""
+        made, found = self.now[member]
+        if made != self.writes:
+            above = self.parent[member]
+            current = self._value(above, reader)
+            with self.graph.inserting_before(reader):
+                found = self.graph.node_copy(member, lambda node: node)
+            found.meta = {**reader.meta, "val": value(member)}
+            found.replace_input_with(found.all_input_nodes[0], current)
+            _reshape(found)
+            self.now[member] = (self.writes, found)
+        return found
 
 
-def _base(written: Node, chain: list[Node]) -> Node:
-    base = tensor_arg(chain[-1], 0) if chain else written
-    assert base is not None
-    return base
+def _reshape(node: Node) -> None:
+    """What `node` reads may be laid out in another way now: a view of it may have to copy."""
+    if node.target is torch.ops.aten.view.default:
+        node.target = torch.ops.aten.reshape.default
 
 
 def _functional(node: Node) -> Callable[..., object] | None:
+    """The operation that computes what `node` writes, where `node` writes to its first argument only."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
+    if not _writes_first(node):
+        return None
     if is_op(node, "aten.copy_"):
         return torch.ops.aten.copy.default
     name = target._schema.name.removeprefix("aten::")
@@ -55,39 +160,39 @@ def _functional(node: Node) -> Callable[..., object] | None:
     return found
 
 
-def _view_chain(node: Node) -> list[Node] | None:
-    """The slices and selects from `node` down to a tensor that owns its memory; None for any other view."""
-    chain: list[Node] = []
-    while True:
-        if is_op(node, *_SCATTER):
-            chain.append(node)
-        elif node.op != "call_function" or _is_view(node):
-            return None
-        else:
-            return chain
-        below = tensor_arg(node, 0)
-        assert below is not None
-        node = below
+def _writes_first(node: Node) -> bool:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return [argument.is_write for argument in node.target._schema.arguments].index(True) == 0 and (
+        sum(argument.is_write for argument in node.target._schema.arguments) == 1
+    )
 
 
-def _is_view(node: Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    return any(result.alias_info is not None for result in target._schema.returns)
+def _promotes(node: Node) -> bool:
+    """Whether the functional form would have another dtype than the tensor that is written."""
+    first, *others = node.all_input_nodes
+    if is_op(node, "aten.copy_"):
+        return False
+    dtypes = {val.dtype for n in others if isinstance(val := value(n), Tensor) and val.is_floating_point()}
+    return bool(dtypes - {value(first).dtype})
 
 
-def _scatter(graph: fx.Graph, view: Node, new: Node) -> Node:
-    base = tensor_arg(view, 0)
-    assert base is not None
-    name = "aten.slice" if is_op(view, "aten.slice") else "aten.select"
-    node = graph.call_function(_SCATTER[name], (base, new, *view.args[1:]))
-    node.meta = {**new.meta, "val": value(base)}
-    return node
+def _has_inverse(view: Node) -> bool:
+    return op_name(view) in _SCATTER.keys() | _SAME | _SHAPED | _MOVED
 
 
-def _replace_later(old: Node, after: Node, new: Node) -> None:
-    """Readers of `old` that come after the write read `new`."""
-    for user in list(old.users):
-        if user is not new and user > after:
-            user.replace_input_with(old, new)
+def _undo(graph: fx.Graph, view: Node, before: Node, new: Node) -> Node:
+    """The tensor that `view` is made of, once the view has become `new`; it was `before`."""
+    name = op_name(view)
+    if name in _SCATTER:
+        return graph.call_function(_SCATTER[name], (before, new, *view.args[1:]), dict(view.kwargs))
+    if name in _SAME:
+        return graph.call_function(torch.ops.aten.alias.default, (new,))
+    if name in _SHAPED:
+        return graph.call_function(torch.ops.aten.reshape_as.default, (new, before))
+    if name == "aten.permute":
+        dims = view.args[1]
+        assert isinstance(dims, list | tuple)
+        order = [int(str(d)) % len(dims) for d in dims]
+        return graph.call_function(torch.ops.aten.permute.default, (new, [order.index(i) for i in range(len(order))]))
+    assert callable(view.target)
+    return graph.call_function(view.target, (new, *view.args[1:]))  # a transposition is its own inverse

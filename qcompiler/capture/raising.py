@@ -21,8 +21,8 @@ def raise_leaves(graph: fx.Graph, model: PreTrainedModel) -> None:
     """Replace each leaf module's nodes by one `call_module` node annotated with a `Leaf`.
 
     Only what is known to be the plain computation is raised: a module whose class inherits `forward` itself from
-    `nn.Linear`, `nn.Embedding` or `Conv1D`; a linear with a forward of its own and norms by what they compute; and expert
-    blocks. Everything else stays as it was traced.
+    `nn.Linear`, `nn.Embedding` or `Conv1D`; a linear with a forward of its own and norms by what they compute; and
+    expert blocks. Everything else stays as it was traced.
     """
     regions: dict[str, list[Node]] = defaultdict(list)
     blocks: dict[str, tuple[str, list[Node]]] = {}

@@ -18,6 +18,7 @@ from qcompiler.patterns.transformer import (
     LM_HEAD,
     LOW_RANK,
     MLP,
+    OUTPUT_GATE,
     ROUTED_EXPERTS,
     SCALAR_GATE,
     TOP_K,
@@ -102,6 +103,8 @@ def _find_attention(graph: Graph, findings: _Findings) -> None:
     for name, match in attentions:
         if ATTENTION_OUTPUT.run(match) is None:
             findings.say(match["output"], Structure.ATTENTION_OUTPUT, f"it reads {name} %{match.anchor.name}")
+            if OUTPUT_GATE.run(match) is None:
+                findings.say(match["gate"], Structure.ATTENTION_INPUT, f"it gates {name} %{match.anchor.name}")
 
 
 def _low_rank(node: Node) -> tuple[Node, ...]:

@@ -1,6 +1,6 @@
 """The header of a safetensors file: parsed with distrust, written byte for byte as the safetensors library does.
 
-Layout (https://github.com/huggingface/safetensors): 8 bytes of little-endian header length, a JSON object padded with
+Layout (the safetensors README): 8 bytes of little-endian header length, a JSON object padded with
 spaces to a multiple of 8, then the tensors' bytes without gaps.
 """
 

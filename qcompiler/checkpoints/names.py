@@ -20,7 +20,7 @@ from transformers.core_model_loading import Chunk, PrefixChange, SplitModulelist
 
 from qcompiler.checkpoints.conversions import Conversion, reading, writing
 from qcompiler.checkpoints.header import Spec, TensorMeta
-from qcompiler.checkpoints.reader import CheckpointReader, RawTensor
+from qcompiler.checkpoints.reader import RawTensor, TensorSource
 from qcompiler.checkpoints.ties import absent_by_design, resolve_ties, tie_classes
 from qcompiler.errors import CheckpointError, did_you_mean
 
@@ -45,7 +45,7 @@ class NameMap:
     def __init__(
         self,
         model: PreTrainedModel,
-        reader: CheckpointReader,
+        reader: TensorSource,
         reads: Mapping[str, Conversion],
         stand_ins: Mapping[str, str],
         aliases: Mapping[str, str],
@@ -68,7 +68,7 @@ class NameMap:
     def build(
         cls,
         model: PreTrainedModel,
-        reader: CheckpointReader,
+        reader: TensorSource,
         *,
         layout: Literal["source", "original"] = "source",
         untie: Collection[str] = (),
@@ -98,6 +98,29 @@ class NameMap:
         else:
             used = [t for t in transforms if t.was_used()]
         return cls(model, reader, reads, stand_ins, aliases, absent, unused, used)
+
+    @classmethod
+    def of_loaded(cls, model: PreTrainedModel, reader: TensorSource, transforms: Sequence[object] | None) -> Self:
+        """Match a model with the state dict of the loaded one that it is a copy of: keys of `reader` are paths.
+
+        transforms: those that the loaded model remembers from its loading, so that it is written as it was read
+        (`revert_weight_conversion`); `None` for a model made from its config, which is written as a new one.
+
+        Raises `CheckpointError` where the two are not of one shape.
+        """
+        if transforms is None:
+            new = get_model_conversion_mapping(model, add_legacy=False)
+            transforms = [t for t in new if not isinstance(t, PrefixChange)]
+        state = model.state_dict()
+        if foreign := sorted(reader.tensors.keys() ^ state.keys()):
+            raise CheckpointError(
+                f"{reader.origin} has other parameters than its config describes: {', '.join(foreign[:5])}",
+                hint="merge or remove adapters and modules of your own, and make its config say what it is",
+            )
+        conversions = [Conversion(path, (path,)) for path in state]
+        reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
+        aliases, stand_ins = resolve_ties(tie_classes(model), reads, partial(_same, model, reader))
+        return cls(model, reader, reads, stand_ins, aliases, frozenset(), (), transforms)
 
     def spec(self, path: str) -> Spec:
         """Dtype and shape of a parameter or persistent buffer as `load` returns it."""
@@ -206,7 +229,7 @@ class NameMap:
         self.spec(path)
         if path in self.absent:
             raise CheckpointError(
-                f"{self._reader.folder}: no file holds {path!r}; Transformers computes or initializes it",
+                f"{self._reader.origin}: no file holds {path!r}; Transformers computes or initializes it",
                 hint="do not load the paths in `absent`",
             )
         return self._reads[self._stand_ins.get(path, path)]
@@ -242,7 +265,7 @@ class NameMap:
 
 
 def _dry_run(
-    conversion: Conversion, model: PreTrainedModel, state: Mapping[str, torch.Tensor], reader: CheckpointReader
+    conversion: Conversion, model: PreTrainedModel, state: Mapping[str, torch.Tensor], reader: TensorSource
 ) -> list[str]:
     """The paths that a conversion sets, learnt on meta tensors, with shapes checked against the model's."""
     metas = [reader.meta(key) for key in conversion.sources]
@@ -278,11 +301,11 @@ def _meta_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _read_as(reader: CheckpointReader, key: str, dtype: torch.dtype) -> torch.Tensor:
+def _read_as(reader: TensorSource, key: str, dtype: torch.dtype) -> torch.Tensor:
     return reader.read(key).to(dtype)
 
 
-def _same(model: PreTrainedModel, reader: CheckpointReader, a: Conversion, b: Conversion) -> bool:
+def _same(model: PreTrainedModel, reader: TensorSource, a: Conversion, b: Conversion) -> bool:
     """Whether two conversions give equal values. Stored under plain names, they are compared without being held."""
     if a.converter is None and b.converter is None:
         return reader.same_bytes(a.sources[0], b.sources[0])
@@ -290,10 +313,10 @@ def _same(model: PreTrainedModel, reader: CheckpointReader, a: Conversion, b: Co
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-def _missing(reader: CheckpointReader, missing: Sequence[str], unused: Sequence[str]) -> CheckpointError:
+def _missing(reader: TensorSource, missing: Sequence[str], unused: Sequence[str]) -> CheckpointError:
     shown = "; ".join(f"{path!r}{did_you_mean(path, unused)}" for path in missing[:5])
     more = f" and {len(missing) - 5} more" if missing[5:] else ""
     return CheckpointError(
-        f"{reader.folder}: no file holds {len(missing)} of the model's parameters: {shown}{more}",
+        f"{reader.origin}: no file holds {len(missing)} of the model's parameters: {shown}{more}",
         hint="the checkpoint is incomplete, or is of another model than its config.json says",
     )

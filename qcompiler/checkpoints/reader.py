@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -19,7 +20,49 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_INDEX = 100_000_000  # bytes; the index of a 700B mixture of experts takes 9 MB
 _CHUNK = 16 << 20  # bytes in flight while copying
+_SAMPLE = 1 << 10  # bytes of each tensor that its fingerprint sees
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one by one: a checkpoint's files, or the weights of a loaded model."""
+
+    tensors: Mapping[str, TensorMeta]
+
+    @property
+    def origin(self) -> str:
+        """Where the tensors come from, for errors."""
+
+    def meta(self, key: str) -> TensorMeta:
+        """Dtype, shape, size and place of a tensor. Raises `CheckpointError` for an unknown key."""
+
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+
+    def first_bytes(self, key: str, count: int) -> bytes:
+        """The first `count` bytes of a tensor, or all it has."""
+
+    def copy_bytes(self, key: str, write: Callable[[bytes], object]) -> None:
+        """Hand the tensor's bytes to `write`, a few MiB at a time."""
+
+    def same_bytes(self, key: str, other: str) -> bool:
+        """Whether two tensors are equal in dtype, shape and every byte."""
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+
+
+def fingerprint(source: TensorSource) -> str:
+    """SHA-256 over names, dtypes, shapes and the first KiB of every tensor.
+
+    Tells checkpoints apart without reading them whole: training changes a tensor from its start. It depends neither on
+    where the files are nor on how tensors are spread over them.
+    """
+    digest = hashlib.sha256()
+    for key, meta in sorted(source.tensors.items()):
+        digest.update(f"{key}\0{meta.dtype}\0{list(meta.shape)}\0".encode())
+        digest.update(source.first_bytes(key, _SAMPLE))
+    return digest.hexdigest()
 
 
 class CheckpointReader:
@@ -48,6 +91,11 @@ class CheckpointReader:
             _close(files)
             raise
 
+    @property
+    def origin(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
     def meta(self, key: str) -> TensorMeta:
         """Dtype, shape, size and place of a tensor. Raises `CheckpointError` with near names."""
         try:
@@ -66,6 +114,11 @@ class CheckpointReader:
             view = data.numpy().data
             self._each_chunk(meta, lambda fd, start, stop: os.preadv(fd, [view[start:stop]], meta.offset + start))
         return data.view(meta.dtype).reshape(meta.shape)
+
+    def first_bytes(self, key: str, count: int) -> bytes:
+        """The first `count` bytes of a tensor, or all it has."""
+        meta = self.meta(key)
+        return os.pread(self._fd(meta), min(count, meta.nbytes), meta.offset)
 
     def copy_bytes(self, key: str, write: Callable[[bytes], object]) -> None:
         """Hand the tensor's bytes to `write`, a few MiB at a time."""
@@ -120,9 +173,9 @@ class CheckpointReader:
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor of an open checkpoint, to be copied byte for byte without becoming a `torch.Tensor`."""
+    """A tensor of an open source, to be copied byte for byte without becoming a `torch.Tensor` of its own."""
 
-    reader: CheckpointReader
+    reader: TensorSource
     key: str
 
     @property

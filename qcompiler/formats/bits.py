@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 assert sys.byteorder == "little", "words are viewed as bytes, least significant first"
 
-_PART_ELEMENTS = 2**18
+_PART_ELEMENTS = 2**20
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -32,7 +32,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
         unsigned = codes[part].add(_offset(bits)).view(torch.uint8)
         if columns % 32:
             unsigned = pad(unsigned, (0, -columns % 32))
-        dense = _narrow(unsigned.contiguous(), bits).view(len(unsigned), -1).view(torch.int32)
+        dense = _narrow(_flat(unsigned), bits).view(len(unsigned), -1).view(torch.int32)
         packed[part] = dense[:, : packed.shape[1]]
     return packed
 
@@ -42,20 +42,20 @@ def unpack_words(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows, words = packed.shape
     codes = packed.new_empty((rows, columns), dtype=torch.int8)
     for part in _row_parts(rows, columns):
-        padded = pad(packed[part], (0, -words % bits)).contiguous()
-        unsigned = _widen(padded.view(torch.uint8), bits).view(len(padded), -1)[:, :columns]
+        padded = pad(packed[part], (0, -words % bits))
+        unsigned = _widen(_flat(padded).view(torch.uint8), bits).view(len(padded), -1)[:, :columns]
         torch.sub(unsigned.view(torch.int8), _offset(bits), out=codes[part])
     return codes
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Pack 4-bit codes (uint8 [R, C], C even) into uint8 [R, C / 2], the even column in the low nibble."""
-    return _narrow(codes.contiguous(), 4).view(codes.shape[0], -1)
+    return _narrow(_flat(codes), 4).view(codes.shape[0], -1)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of `pack_nibbles`."""
-    return _widen(packed.contiguous(), 4).view(packed.shape[0], -1)
+    return _widen(_flat(packed), 4).view(packed.shape[0], -1)
 
 
 def _offset(bits: int) -> int:
@@ -64,13 +64,21 @@ def _offset(bits: int) -> int:
 
 
 def _row_parts(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows whose temporaries stay in cache."""
+    """Slices of rows whose temporaries stay small."""
     step = max(1, _PART_ELEMENTS // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _flat(values: Tensor) -> Tensor:
+    """One dimension of stride 1, so that neighbours can be viewed as wider or narrower integers.
+
+    `contiguous` does not promise that: the stride of a dimension of size 1 may be anything.
+    """
+    return values.contiguous().view(-1)
+
+
 def _narrow(values: Tensor, bits: int) -> Tensor:
-    """Drop the zero top bits of contiguous uint8 values; a multiple of 8 of them per row."""
+    """Drop the zero top bits of flat uint8 values, a multiple of 8 of them."""
     if bits == 8:
         return values
     if bits == 4:
@@ -89,7 +97,7 @@ def _narrow(values: Tensor, bits: int) -> Tensor:
 
 
 def _widen(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_narrow`: contiguous bytes to one value per byte."""
+    """The inverse of `_narrow`: flat bytes to one value per byte."""
     if bits == 8:
         return packed
     if bits == 4:

@@ -48,7 +48,9 @@ class Graph:
 
     `constants` are tensors that the forward pass made itself; `buffers` are those that the checkpoint does not hold
     (rotary frequencies). `max_sequence_length` bounds the sequences for which the graph is the model, None: no bound.
-    `like` maps the path of each decoder layer to that of the layer whose trace it shares. `kv_cache` is what the key/value cache becomes, decided for the whole model.
+    `like` maps the path of each decoder layer to that of the layer whose trace it shares. `kv_cache` is what the key/value
+    cache becomes, decided for the whole model. `loaders` are those that must read the checkpoint's config alike, as
+    `legalize` found; None: all that are known.
     """
 
     fx: torch.fx.Graph
@@ -58,6 +60,7 @@ class Graph:
     max_sequence_length: int | None = None
     kv_cache: KVCacheSpec | None = None
     like: dict[str, str] = field(default_factory=dict)
+    loaders: tuple[str, ...] | None = None
     stage: Stage = Stage.CAPTURED
 
     @property

@@ -43,8 +43,8 @@ def layer_of(graph: Graph) -> dict[Node, int]:
 def partitions(graph: Graph) -> tuple[Partition, ...]:
     """The graph in consecutive stretches: before the layers, each layer, after them.
 
-    A node outside the layers belongs to the stretch of its latest input; what no layer reads, and reads one itself, comes
-    last. Raises `CaptureError` when a layer reads a value of a later one.
+    A node outside the layers belongs to the stretch of its latest input; what no layer reads, and reads one itself,
+    comes last. Raises `CaptureError` when a layer reads a value of a later one.
     """
     layers = layer_of(graph)
     last = 1 + max(layers.values(), default=-1)

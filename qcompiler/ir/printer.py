@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,32 +13,48 @@ from torch import Tensor
 from qcompiler.ir.annotations import Leaf, Observer, Role, Scope, get, get_quant
 from qcompiler.ir.fx import Node, op_name, value
 from qcompiler.ir.graph import Graph
+from qcompiler.ir.ops import OPS
+
+
+_HIDDEN = frozenset({"device", "pin_memory", "layout"})  # where a tensor lies says nothing of what is computed
 
 
 class Printer:
-    """Prints nodes of one graph; symbolic sizes read `B` and `S` whatever the tracer called them."""
+    """Prints nodes of one graph; symbolic sizes read `B` and `S` whatever the tracer called them.
+
+    It prints broken graphs too: the verifier shows them.
+    """
 
     def __init__(self, graph: Graph) -> None:
-        batch, length = value(graph.input).shape
-        self._symbols = {str(batch): "B", str(length): "S"}
-        self._names = {node: self._name(node) for node in graph.nodes}
+        val = next((value(node) for node in graph.nodes if node.op == "placeholder"), None)
+        sizes = [str(size) for size in val.shape] if isinstance(val, Tensor) else []
+        self._symbols = dict(zip(sizes, ("B", "S"), strict=False))
+        self._names: dict[Node, str] = {}
+        taken: set[str] = set()
+        for node in graph.nodes:
+            name = self._name(node)
+            self._names[node] = node.name if name in taken else name
+            taken.add(self._names[node])
 
     def lines(self, nodes: Iterable[Node]) -> str:
         return "\n".join(self.line(node) for node in nodes)
 
+    def name(self, node: Node) -> str:
+        """What a node is called in printed lines, e.g. `%l0.self_attn.q_proj`."""
+        return f"%{self._names.get(node, node.name)}"
+
     def line(self, node: Node) -> str:
         """`%name = op(arguments) [shape]  decisions  ; because`."""
         if node.op == "output":
-            return f"return {self._argument(node.args[0])}"
+            return f"return {', '.join(self._argument(a) for a in node.args)}"
         if node.op in ("placeholder", "get_attr"):
-            return f"%{self._names[node]} = {'input' if node.op == 'placeholder' else 'attribute'}{self._shape(node)}"
+            return f"{self.name(node)} = {'input' if node.op == 'placeholder' else 'attribute'}{self._shape(node)}"
         leaf = get(node, Leaf)
-        name = str(leaf.kind) if leaf else op_name(node).removeprefix("aten.").removeprefix("operator.")
-        arguments = ", ".join(
-            [*(self._argument(a) for a in node.args), *(f"{k}={self._argument(v)}" for k, v in node.kwargs.items())]
-        )
+        called = str(leaf.kind) if leaf and node.op == "call_module" else op_name(node)
+        shown = {k: v for k, v in node.kwargs.items() if k not in _HIDDEN and v is not None}
+        arguments = [*map(self._argument, node.args), *(f"{k}={self._argument(v)}" for k, v in shown.items())]
         notes, because = _notes(node)
-        line = f"%{self._names[node]} = {name}({arguments}){self._shape(node)}"
+        line = f"{self.name(node)} = {_short(called)}({', '.join(arguments)}){self._shape(node)}"
         line += "".join(f"  {note}" for note in notes)
         return line + (f"  ; {because}" if because else "")
 
@@ -45,7 +62,10 @@ class Printer:
         leaf, role, scope = get(node, Leaf), get(node, Role), get(node, Scope)
         if node.op == "get_attr":
             return str(node.target)
-        if leaf is None or node.op != "call_module":
+        if isinstance(value(node), torch.SymInt):
+            size = self._size(str(value(node)))
+            return size if size.isidentifier() else node.name
+        if leaf is None:
             return node.name
         if role is None or role.layer is None or scope is None:
             return leaf.path
@@ -55,11 +75,13 @@ class Printer:
 
     def _argument(self, argument: Any) -> str:
         if isinstance(argument, Node):
-            return f"%{self._names[argument]}"
+            return self.name(argument)
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(self._argument(a) for a in argument)}]"
-        if argument == 9223372036854775807:
+        if argument == sys.maxsize:
             return "end"
+        if isinstance(argument, float):
+            return f"{argument:.6g}"
         if isinstance(argument, (torch.dtype, torch.device)):
             return str(argument).removeprefix("torch.")
         return repr(argument)
@@ -74,20 +96,26 @@ class Printer:
         return re.sub(r"[su]\d+", lambda m: self._symbols.get(m.group(), m.group()), size)
 
 
+def _short(called: str) -> str:
+    """`aten.mul` -> `mul`, `operator.__and__` -> `and`."""
+    plain = called.removeprefix("aten.").removeprefix("operator.")
+    return plain[2:-2] if plain.startswith("__") and plain.endswith("__") else plain  # `add_` writes: its line says so
+
+
 def _notes(node: Node) -> tuple[list[str], str]:
     role, quant, observer = get(node, Role), get_quant(node), get(node, Observer)
     notes: list[str] = []
     because = ""
+    if quant is not None:
+        notes += [quant.scheme.short, quant.solver] if quant.scheme else ["dense"]
+        because = ", ".join(quant.because)
+    if observer is not None:
+        notes.append(f"{observer.kind} of {observer.purpose} for {observer.spec.short}  id={observer.id}")
+        because = ", ".join(observer.because)
     if role is not None and role.structure is not None:
         notes.append(str(role.structure))
     if role is not None and role.fusion_group is not None:
         notes.append(f"group={role.fusion_group}")
-    if quant is not None:
-        notes.append(f"{quant.scheme.short}  {quant.solver}" if quant.scheme else "dense")
-        because = ", ".join(quant.because)
-    if observer is not None:
-        notes.append(f"{observer.kind} for {observer.purpose} {observer.spec.short} id={observer.id}")
-        because = ", ".join(observer.because)
     return notes, because
 
 
@@ -98,8 +126,6 @@ def print_graph(graph: Graph) -> str:
 
 def print_leaves(graph: Graph) -> str:
     """One line for each leaf and inserted operation: what a person wants to see of a large graph."""
-    from qcompiler.ir.ops import OPS
-
     inserted = set(OPS.values())
     chosen = [node for node in graph.nodes if get(node, Leaf) or node.target in inserted]
     return f"graph {type(graph.model).__name__} ({graph.stage})\n{Printer(graph).lines(chosen)}\n"

@@ -12,7 +12,7 @@ from qcompiler.errors import LegalityError
 from qcompiler.scheme import QuantSpec, Strategy
 
 _CPU_ELEMENTS = 2**20  # 4 MiB of float32 and as much scratch: the last-level cache, and launches are amortized
-_DEVICE_ELEMENTS = 2**22  # 16 MiB of float32: launches cost more than memory
+_DEVICE_ELEMENTS = 2**21  # launches cost more than memory traffic
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Weights to codes and back, in cache-sized pieces: memory beyond the result is two pieces, whatever the tensor."""
+"""Weights to codes and back, piece by piece: memory beyond the result is a few pieces, whatever the tensor."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def range_factors(spec: QuantSpec) -> tuple[float, ...]:
     llm-compressor, which stop at 0.8); from 5 bits on a wider range pays too, as min-max clips half a step. For
     floats clipping never pays, but the phase of the range within an octave does: FP8 looks through one octave, NVFP4
     around 1 and around 1.5, where a group's largest value becomes 4 in place of 6 (Cook et al. 2025, "Four Over
-    Six"). MX scales move by octaves. The ends hold 96% of the best factors of trained and Gaussian weights, and
-    errors stay within 2% of a grid of 66 points (FP8: 10%).
+    Six"). MX scales move by octaves. On trained and Gaussian weights errors stay within 2% of a grid of 66 points
+    (FP8: within 10%).
     """
     if spec.is_mx:
         return (1.0, 0.5)
@@ -93,9 +93,10 @@ def weight_amax(weight: Tensor) -> Tensor:
     """The largest magnitude in a weight (float32 [1]), NaN if it holds one."""
     integer, mask = (torch.int32, _MAGNITUDE) if weight.dtype == torch.float32 else (torch.int16, _MAGNITUDE >> 16)
     whole = QuantSpec(bits=8, strategy=Strategy.TENSOR)
-    parts = pieces(whole, (weight.shape[0], weight.shape[1]), weight.device)
-    largest = [(piece.elements(weight).view(integer) & mask).amax() for piece in parts]
-    return torch.stack(largest).amax().reshape(1).view(weight.dtype).to(torch.float32)
+    largest = torch.zeros(1, dtype=integer, device=weight.device)
+    for piece in pieces(whole, (weight.shape[0], weight.shape[1]), weight.device):
+        torch.maximum(largest, (piece.elements(weight).view(integer) & mask).amax(), out=largest)
+    return largest.view(weight.dtype).to(torch.float32)
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,8 @@
         ),
     )
 
-Parts are tried in order. An anchor on which a part fails is a near miss that says how far it got and what was in the way.
-A pattern only finds; what to do with a match (annotate, insert, rewrite) is up to the pass that asked.
+Parts are tried in order. An anchor on which a part fails is a near miss that says how far it got and what was in the
+way. A pattern only finds; what to do with a match (annotate, insert, rewrite) is up to the pass that asked.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def leaf(*kinds: LeafKind) -> Test:
 class Walk:
     """Go from a node through some operations until nodes of a kind: against the dataflow (`back`) or along it.
 
-    `start` names a node found before (the anchor by default) and `operand` which of its arguments to follow back (all of
-    them when None). `through` are operations, and `through_leaves` kinds of module, that the walk passes. It fails where it
-    reaches nothing, or more than one node unless `many`.
+    `start` names a node found before (the anchor by default) and `operand` which of its arguments to follow back (all
+    of them when None). `through` are operations, and `through_leaves` kinds of module, that the walk passes. It fails
+    where it reaches nothing, or more than one node unless `many`.
     """
 
     name: str

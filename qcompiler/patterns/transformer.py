@@ -32,7 +32,9 @@ FUSED_ATTENTION = Pattern(
     ),
 )
 
-_SCORES = LAYOUT | ARITHMETIC | {"aten.tanh", "aten.masked_fill", "aten.where", "aten.maximum", "aten.baddbmm"}
+_SCORES = (
+    LAYOUT | ARITHMETIC | {"aten.tanh", "aten.masked_fill", "aten.where", "aten.max", "aten.maximum", "aten.baddbmm"}
+)
 
 EAGER_ATTENTION = Pattern(
     "attention (matmul, softmax, matmul)",
@@ -49,6 +51,11 @@ ATTENTIONS = (FUSED_ATTENTION, EAGER_ATTENTION)
 
 ATTENTION_OUTPUT = Walk("output", "forward", through=LAYOUT | POINTWISE, through_leaves=NORM, to=LINEAR)
 """From an attention to the linear that mixes its heads."""
+
+OUTPUT_GATE = Walk(
+    "gate", "back", start="output", operand=0, through=LAYOUT | POINTWISE, through_leaves=NORM, to=LINEAR, many=True
+)
+"""From that linear back to those that an attention's output is multiplied with."""
 
 LOW_RANK = Pattern(
     "low-rank projection",

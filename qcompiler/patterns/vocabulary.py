@@ -37,6 +37,7 @@ LAYOUT = RESHAPE | {
     "aten.chunk",
     "aten.unbind",
     "aten.cat",
+    "aten.concat",
     "aten.stack",
     "aten.pad",
     "aten.constant_pad_nd",
@@ -96,6 +97,8 @@ ROUTING = (
         "aten.max",
         "aten.one_hot",
         "aten.logsumexp",
+        "aten.abs",
+        "aten.sqrt",
         "aten.scatter_add",
     }
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any, get_type_hints
 
 from qcompiler.pipeline.base import Pass
@@ -36,13 +37,9 @@ def _describe(cls: type[Pass]) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", None) else _plain(str(hint))
-
-
-def _plain(text: str) -> str:
-    for prefix in ("typing.", "passes.assign.", "qcompiler.select.", "qcompiler.scheme."):
-        text = text.replace(prefix, "")
-    return text
+    """`Literal['error', 'dense']`, `tuple[Rule, ...]`: no module names."""
+    plain = isinstance(hint, type) and not getattr(hint, "__args__", None)
+    return hint.__name__ if plain else re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", str(hint))
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -10,6 +10,7 @@ from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.spec import verify
 from qcompiler.pipeline.base import Context, GraphPass, Pass, StreamingPass
 from qcompiler.pipeline.pipeline import Pipeline
+from qcompiler.pipeline.registry import pass_classes
 from qcompiler.report import Timing
 from qcompiler.runtime.executor import sweep
 
@@ -27,9 +28,14 @@ def check_order(pipeline: Pipeline) -> None:
             wanted = " or ".join(str(s) for s in sorted(item.requires))
             raise ConfigError(
                 f"pipeline {pipeline.name}: pass {item.name} needs a graph that is {wanted}, and here it is {stage}",
-                hint="the usual order is assign, legalize, insert-observers, calibrate, lower",
+                hint=_what_leads_to(item),
             )
         stage = item.ensures if item.ensures is not None else stage
+
+
+def _what_leads_to(item: Pass) -> str:
+    before = [name for name, cls in pass_classes().items() if cls.ensures in item.requires and name != item.name]
+    return f"put {' or '.join(before)} before it" if before else "move it to where the graph is as it needs it"
 
 
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:

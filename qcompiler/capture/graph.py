@@ -1,0 +1,31 @@
+"""From a model to the graph of its raised leaves, each with its role."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from qcompiler.capture.buffers import non_persistent_buffers
+from qcompiler.capture.export import export
+from qcompiler.capture.raising import raise_leaves
+from qcompiler.capture.roles import annotate_roles
+from qcompiler.ir.graph import Graph
+
+
+def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
+    """Capture the forward pass of a model (in eval mode; usually on the meta device).
+
+    `repeat`: trace each kind of layer once and copy it for its likes, where the model allows it. Raises `CaptureError`
+    with the reason where the model does not trace. `capture_and_prove` is this, and a comparison with eager execution.
+    """
+    exported = export(model, repeat=repeat)
+    raise_leaves(exported.graph, model)
+    graph = Graph(
+        exported.graph,
+        model,
+        constants=exported.constants,
+        buffers=non_persistent_buffers(model),
+        max_sequence_length=exported.max_sequence_length,
+        like=exported.like,
+    )
+    annotate_roles(graph)
+    return graph

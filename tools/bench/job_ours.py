@@ -1,0 +1,34 @@
+"""The jobs of this project, each in a process of its own; see measure.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from measure import measured
+from transformers.utils import logging
+
+from qcompiler.compile import compile, plan
+
+
+def main(job: str, model: str, pipeline: str, output: str, tokens: str) -> None:
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(__import__("os").environ["OMP_NUM_THREADS"]))
+    rows = None
+    if tokens != "-":
+        samples, length = map(int, tokens.split("x"))
+        generator = torch.Generator().manual_seed(0)
+        rows = [{"input_ids": torch.randint(0, 1000, (length,), generator=generator).tolist()} for _ in range(samples)]
+    with measured() as values:
+        if job == "plan":
+            planned = plan(model, pipeline)
+            values["bytes"] = planned.report.total_bytes
+        else:
+            result = compile(model, pipeline=pipeline, output=Path(output), calibration=rows, overwrite=True)
+            values["bytes"] = result.report.total_bytes
+            values |= {timing.name: timing.seconds for timing in result.report.timings}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
