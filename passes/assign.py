@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from qcompiler import select
 from qcompiler.errors import RuleError
 from qcompiler.ir.annotations import Leaf, LeafKind, Quant, Role, get_quant, need, set_quant
 from qcompiler.ir.fx import Node
@@ -14,7 +17,9 @@ from qcompiler.ir.graph import Graph, Stage
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, QuantSpec, Scheme, SchemeField, Strategy
-from qcompiler.select import Select, find
+from qcompiler.select import Select, Selection
+
+Find = Callable[[Select, Sequence[Node]], Selection]
 
 
 class Rule(BaseModel):
@@ -33,10 +38,11 @@ class Rule(BaseModel):
 class Assign(GraphPass):
     """Give every linear that a rule selects its scheme.
 
-    Ignored layers stay dense and no rule sees them. A select that matches nothing is an error (`optional: true` on a rule
-    allows it), as are two rules for one linear (unless the later one says `override: true`) and two schemes among linears
-    whose outputs the runtime fuses. `on_indivisible` says what happens where a group size does not divide the inputs of a
-    linear: error, `channel` (one scale per row instead) or `dense`. `kv_cache` quantizes the key/value cache to FP8.
+    Ignored layers stay dense and no rule sees them. A select that matches nothing is an error (`optional: true` on a
+    rule allows it), as are two rules for one linear (unless the later one says `override: true`) and two schemes among
+    linears whose outputs the runtime fuses. `on_indivisible` says what happens where a group size does not divide the
+    inputs of a linear: error, `channel` (one scale per row instead) or `dense`. `kv_cache` quantizes the key/value
+    cache to FP8.
     """
 
     name: ClassVar[str] = "assign"
@@ -50,43 +56,45 @@ class Assign(GraphPass):
 
     def run(self, graph: Graph, context: Context) -> None:
         leaves = [node for node, leaf in graph.leaves() if leaf.kind is not LeafKind.NORM]
-        ignored = self._ignore(leaves)
-        candidates = [node for node in leaves if node not in ignored]
+        find = partial(select.find, layer_count=graph.layer_count)
+        ignored = self._ignore(leaves, find)
+        scope = _Scope([node for node in leaves if node not in ignored], ignored, find)
         for number, rule in enumerate(self.rules, 1):
-            self._apply(rule, f"{self.name}: rule {number}", candidates, ignored, context)
+            self._apply(rule, f"{self.name}: rule {number}", scope, context)
         _check_fusion(graph)
+        blocks = [leaf for _, leaf in graph.leaves() if leaf.kind is LeafKind.EXPERTS]
+        if blocks:
+            context.report.info(f"{len(blocks)} blocks of experts stay dense: {blocks[0].path} and its likes")
         if self.kv_cache is not None:
             if graph.kv_cache not in (None, self.kv_cache):
                 raise RuleError(f"{self.name}: the KV cache already has the scheme {graph.kv_cache}")
             graph.kv_cache = self.kv_cache
 
-    def _ignore(self, leaves: list[Node]) -> dict[Node, str]:
+    def _ignore(self, leaves: list[Node], find: Find) -> dict[Node, str]:
         ignored: dict[Node, str] = {}
-        for number, select in enumerate(self.ignore, 1):
-            selection = find(select, leaves)
+        for number, wanted in enumerate(self.ignore, 1):
+            selection = find(wanted, leaves)
             if not selection.nodes:
                 raise RuleError(
-                    f"{self.name}: ignore {number} {select} matches nothing; {selection.explain(select, leaves)}",
+                    f"{self.name}: ignore {number} {wanted} matches nothing; {selection.explain(wanted, leaves)}",
                     hint="remove it, or mend its keys: `qcompiler plan` lists what the model has",
                 )
             for node in selection.nodes:
                 ignored.setdefault(node, f"{self.name}: ignore {number}")
         for node, because in ignored.items():
-            if need(node, Leaf).kind is LeafKind.LINEAR and get_quant(node) is None:
+            if need(node, Leaf).is_linear and get_quant(node) is None:
                 set_quant(node, Quant(None, "none", (because,)))
         return ignored
 
-    def _apply(
-        self, rule: Rule, who: str, candidates: list[Node], ignored: dict[Node, str], context: Context
-    ) -> None:
-        linears = [node for node in candidates if need(node, Leaf).is_linear]
-        selection = find(rule.select, linears)
+    def _apply(self, rule: Rule, who: str, scope: _Scope, context: Context) -> None:
+        linears = [node for node in scope.candidates if need(node, Leaf).is_linear]
+        selection = scope.find(rule.select, linears)
         if not selection.nodes:
             if rule.optional:
                 context.report.info(f"{who} {rule.select} matches nothing, which its `optional` allows")
                 return
             raise RuleError(
-                f"{who} {rule.select} matches no linear{_instead(rule.select, candidates, ignored)}; "
+                f"{who} {rule.select} matches no linear{scope.instead(rule.select)}; "
                 f"{selection.explain(rule.select, linears)}",
                 hint="mend its keys, or say `optional: true`: `qcompiler plan` lists what the model has",
             )
@@ -125,14 +133,22 @@ class Assign(GraphPass):
         return Scheme(weights=channel, input_activations=scheme.input_activations), (what,)
 
 
-def _instead(select: Select, candidates: list[Node], ignored: dict[Node, str]) -> str:
-    """What a rule selected that is no linear of its own, if anything."""
-    others = [need(node, Leaf) for node in find(select, candidates).nodes]
-    if others:
-        kinds = ", ".join(sorted({str(leaf.kind) for leaf in others}))
-        return f" (only {kinds}: {others[0].path}, which is not quantized)"
-    hidden = find(select, list(ignored)).nodes if ignored else ()
-    return f" ({need(hidden[0], Leaf).path} is hidden by {ignored[hidden[0]]})" if hidden else ""
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What rules may select from, what they may not because it is ignored, and how to look."""
+
+    candidates: list[Node]
+    ignored: dict[Node, str]
+    find: Find
+
+    def instead(self, wanted: Select) -> str:
+        """What a rule selected that is no linear of its own, if anything."""
+        others = [need(node, Leaf) for node in self.find(wanted, self.candidates).nodes]
+        if others:
+            kinds = ", ".join(sorted({str(leaf.kind) for leaf in others}))
+            return f" (only {kinds}: {others[0].path}, which is not quantized)"
+        hidden = self.find(wanted, list(self.ignored)).nodes if self.ignored else ()
+        return f" ({need(hidden[0], Leaf).path} is hidden by {self.ignored[hidden[0]]})" if hidden else ""
 
 
 def _check_fusion(graph: Graph) -> None:

@@ -23,8 +23,9 @@ Kind = Literal["minmax", "mse", "percentile"]
 class InsertObservers(GraphPass):
     """Put an `observe` node before linears whose input scale is static, and on keys and values of a quantized cache.
 
-    Linears that read one tensor with one scheme share one observer, so q, k and v get equal scales as their fusion needs.
-    `inputs` and `kv_cache` choose the statistic: the whole range, the range of least squared error, or a percentile of it.
+    Linears that read one tensor with one scheme share one observer, so q, k and v get equal scales as their fusion
+    needs. `inputs` and `kv_cache` choose the statistic: the whole range, the range of least squared error, or a
+    percentile of it.
     """
 
     name: ClassVar[str] = "insert-observers"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from qcompiler.emit.config import build_quantization_config
+from qcompiler.emit.sites import Site
 from qcompiler.errors import LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
@@ -13,7 +15,7 @@ from qcompiler.lowering.sites import scheme_of, sites
 from qcompiler.lowering.write import LIBRARY_VERSION
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
-from qcompiler.targets import check, load_target
+from qcompiler.targets import Target, check, load_target
 
 _SHOWN = 8
 
@@ -22,9 +24,9 @@ _SHOWN = 8
 class Legalize(GraphPass):
     """Check every scheme against what a runtime on its hardware can load: types, shapes, fusion, names.
 
-    `target` is a runtime with its hardware; the command line's `--target` takes precedence. Conv1D layers (GPT-2) have no
-    form in a checkpoint: `conv1d: dense` leaves them as they are and says so. The config that will be written is built and
-    proved here, under the name matching of every loader.
+    `target` is a runtime with its hardware; the command line's `--target` takes precedence. Conv1D layers (GPT-2) have
+    no form in a checkpoint: `conv1d: dense` leaves them as they are and says so. The config that will be written is
+    built and proved here, under the name matching of every loader.
     """
 
     name: ClassVar[str] = "legalize"
@@ -50,12 +52,27 @@ class Legalize(GraphPass):
         if not any(site.scheme for site in everything):
             raise LegalityError("no linear is quantized: every one is dense", hint="add a rule to assign")
         self._check_names(graph, context)
+        self._prove(graph, everything, target, context)
+
+    def _prove(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
+        """Build the config for every loader, or, where they cannot agree, for the target's own: that is said."""
+        build = partial(
+            build_quantization_config,
+            everything,
+            kv_cache=graph.kv_cache,
+            compressed_tensors_version=LIBRARY_VERSION,
+        )
         try:
-            emitted = build_quantization_config(
-                everything, kv_cache=graph.kv_cache, compressed_tensors_version=LIBRARY_VERSION
-            )
+            try:
+                emitted = build()
+            except VerificationError as error:
+                emitted = build(loaders=(target.loader,))
+                context.report.fallback(
+                    f"the config is written for {target.loader} alone; other loaders read it otherwise: {error.message}"
+                )
         except VerificationError as error:
             raise LegalityError(error.message, hint=error.hint) from error
+        graph.loaders = emitted.loaders
         context.report.config_summary = emitted.summary
 
     def _leave_conv1d(self, graph: Graph, context: Context) -> None:

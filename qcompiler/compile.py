@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from qcompiler.capture import capture_graph
-from qcompiler.capture.compare import compare_with_eager
+from qcompiler.capture import capture_and_prove
 from qcompiler.data import CalibrationSpec, TokenData, load_calibration
-from qcompiler.errors import CheckpointError, ConfigError
-from qcompiler.ir.graph import Graph
+from qcompiler.errors import CheckpointError, ConfigError, DataError
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.ops import observe
 from qcompiler.lowering.predict import predict
 from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pipeline
 from qcompiler.pipeline.base import Destination
 from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes
 from qcompiler.report import Report, Timing
-from qcompiler.source import ModelSource, open_model
+from qcompiler.source import ModelSource, TokenizerLike, open_model
+
+ModelLike = str | Path | PreTrainedModel
+PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
+CalibrationLike = CalibrationSpec | str | Path | Iterable[Any]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a compilation would do: the legal, annotated graph and the report with every byte predicted."""
+    """What a compilation would do: the legal, annotated graph, and the report with every byte predicted."""
 
     graph: Graph
     report: Report
     pipeline: Pipeline
-    source: ModelSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +52,23 @@ class Result:
     output: Path
 
 
-Progress = Callable[[str, int, int], None]
-PipelineLike = str | Path | Pipeline | list[Pass]
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What `plan` and `compile` have in common, as it was asked for."""
+
+    model: ModelLike
+    pipeline: Pipeline
+    tokenizer: TokenizerLike | None
+    target: str | None
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+    show: Printer | None
+    progress: Progress
 
 
 def plan(
-    model: str | Path,
+    model: ModelLike,
     pipeline: PipelineLike,
     *,
     target: str | None = None,
@@ -61,19 +79,24 @@ def plan(
 ) -> Plan:
     """Capture, annotate and legalize, and predict every tensor. Nothing is calibrated and no weight is read.
 
-    model: folder or hub id. pipeline: packaged name, YAML file or passes. target: as `legalize` takes it.
-    Raises a `QCompilerError` for whatever would fail later.
+    model: folder, hub id or loaded model. pipeline: packaged name, YAML file or passes. target: as `legalize` takes
+    it. show: called with each pass's name and the graph after it. Raises a `QCompilerError` for whatever would fail
+    later.
     """
-    context, graph, chosen = _prepare(model, pipeline, target, dtype, revision, trust_remote_code, show)
-    return Plan(graph, context.report, chosen, context.source)
+    chosen = load_pipeline(pipeline)
+    request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, show, _silent)
+    with ExitStack() as stack:
+        context, graph = _prepare(request, stack)
+        return Plan(graph, context.report, chosen)
 
 
 def compile(
-    model: str | Path,
+    model: ModelLike,
     *,
     pipeline: PipelineLike,
     output: str | Path,
-    calibration: CalibrationSpec | str | Path | Iterable[Any] | None = None,
+    calibration: CalibrationLike | None = None,
+    tokenizer: TokenizerLike | None = None,
     target: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
@@ -85,88 +108,105 @@ def compile(
 ) -> Result:
     """Compile a model to a compressed-tensors checkpoint in `output`.
 
-    model, pipeline, target: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec`, or rows (strings,
-    chats, token ids); needed only by pipelines that measure activations. device: where partitions are run and solved.
+    model, pipeline, target, show: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec`, or rows
+    (strings, chats, token ids); needed only by pipelines that measure activations. tokenizer: of a loaded model, which
+    brings none. device: where partitions are run and solved. progress: called with what is done, how far, of how much.
     Raises a `QCompilerError`, after which `output` is what it was before.
     """
     destination = Destination(Path(output), overwrite)
     if destination.folder.exists() and not overwrite:
         raise CheckpointError(f"{output} exists", hint="choose another folder, or pass --overwrite (overwrite=True)")
     where = _device(device)
-    context, graph, chosen = _prepare(model, pipeline, target, dtype, revision, trust_remote_code, show)
-    planned = Plan(graph, context.report, chosen, context.source)
-    context.output = destination
-    context.device = where
-    context.data = _data(calibration, context)
-    if progress is not None:
-        context.progress = progress
-    if not any(item.name == "lower" for item in chosen.flat()):
-        raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`")
-    try:
+    chosen = load_pipeline(pipeline)
+    if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
+        raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
+    progress = progress or _silent
+    request = _Request(model, chosen, tokenizer, target, dtype, revision, trust_remote_code, show, progress)
+    with ExitStack() as stack:
+        context, graph = _prepare(request, stack)
+        planned = Plan(graph, copy.deepcopy(context.report), chosen)
+        context.output, context.device, context.progress = destination, where, progress
+        context.provenance |= context.source.identity()
+        _load_data(calibration, graph, context)
         run_streaming_passes(graph, chosen, context, show=show)
-    finally:
-        context.source.close()
     return Result(graph, planned, context.report, destination.folder)
 
 
-def _prepare(
-    model: str | Path,
-    pipeline: PipelineLike,
-    target: str | None,
-    dtype: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    show: Printer | None,
-) -> tuple[Context, Graph, Pipeline]:
-    from time import perf_counter
+def _silent(what: str, done: int, total: int) -> None:
+    return None
 
-    chosen = load_pipeline(pipeline)
-    check_order(chosen)
-    source = open_model(model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
-    report = Report(model=str(model), pipeline=chosen.name)
+
+def _prepare(request: _Request, stack: ExitStack) -> tuple[Context, Graph]:
+    """Everything that needs no weight. The source is closed with `stack`."""
+    check_order(request.pipeline)
+    source = stack.enter_context(
+        open_model(
+            request.model,
+            tokenizer=request.tokenizer,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
+            dtype=request.dtype,
+        )
+    )
+    name = str(request.model) if isinstance(request.model, (str, Path)) else f"loaded {type(request.model).__name__}"
+    report = Report(model=name, pipeline=request.pipeline.name)
+    request.progress("capture", 0, 0)
     start = perf_counter()
-    graph = capture_graph(source.model)
+    graph, notes = capture_and_prove(source.model, trust_remote_code=request.trust_remote_code)
     report.timings.append(Timing("capture", perf_counter() - start))
-    start = perf_counter()
-    compare_with_eager(graph, trust_remote_code=trust_remote_code)
-    report.timings.append(Timing("compare with eager", perf_counter() - start))
-    context = Context(source, report, target=target)
+    for note in notes:
+        report.info(note)
+    context = Context(source, report, target=request.target)
+    run_graph_passes(graph, request.pipeline, context, show=request.show)
+    predict(graph, source, report)
     context.provenance = {
-        "model": str(model),
-        "pipeline": print_pipeline(chosen),
+        "model": name,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "pipeline": print_pipeline(request.pipeline),
+        "target": report.target,
         "versions": _versions(),
     }
-    run_graph_passes(graph, chosen, context, show=show)
-    predict(graph, source, report)
-    return context, graph, chosen
+    return context, graph
 
 
-def _data(calibration: CalibrationSpec | str | Path | Iterable[Any] | None, context: Context) -> Any:
-    """Load calibration data once, when the first sweep asks for it."""
+def _load_data(calibration: CalibrationLike | None, graph: Graph, context: Context) -> None:
+    """Load calibration data where something in the graph measures it, before anything is written or computed."""
+    if not any(node.target is observe for node in graph.nodes):
+        if calibration is not None:
+            context.report.info("the calibration data was not read: nothing in this pipeline measures activations")
+        return
     if calibration is None:
-        return None
+        raise DataError(
+            "this pipeline measures activations, and no calibration data was given",
+            hint="pass --dataset (Python: calibration=), or use schemes whose activations are dynamic",
+        )
     if isinstance(calibration, (str, Path)):
         calibration = CalibrationSpec(dataset=calibration)
     spec = calibration if isinstance(calibration, CalibrationSpec) else CalibrationSpec()
     rows = None if isinstance(calibration, CalibrationSpec) else calibration
-    source = context.source
+    context.data = _tokens(spec, rows, graph, context.source)
+    for note in context.data.notes:
+        context.report.info(f"calibration: {note}")
+    context.provenance["calibration"] = {
+        **spec.model_dump(mode="json"),
+        "sequences": context.data.sequences,
+        "tokens": context.data.tokens,
+        "fingerprint": context.data.fingerprint,
+    }
 
-    @cache
-    def load() -> TokenData:
-        data = load_calibration(
-            spec, source.folder, vocab_size=source.config.vocab_size, max_window=source.window, rows=rows
+
+def _tokens(spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, source: ModelSource) -> TokenData:
+    data = load_calibration(
+        spec, source.folder, vocab_size=int(source.config.vocab_size), max_window=source.window, rows=rows
+    )
+    window = graph.max_sequence_length
+    if window is not None and data.sequence_length > window:
+        raise DataError(
+            f"calibration sequences of {data.sequence_length} tokens: beyond {window} the captured graph is not the "
+            "model, whose rotary embedding or attention depends on the length",
+            hint=f"use --sequence-length {window} or less",
         )
-        for note in data.notes:
-            context.report.info(f"calibration: {note}")
-        context.provenance["calibration"] = {
-            **spec.model_dump(mode="json"),
-            "sequences": data.sequences,
-            "tokens": data.tokens,
-            "fingerprint": data.fingerprint,
-        }
-        return data
-
-    return load
+    return data
 
 
 def _device(name: str) -> torch.device:
@@ -175,6 +215,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {error}", hint="cpu, cuda, cuda:1") from error
+    if device.type == "meta":
+        raise ConfigError("device 'meta' computes nothing", hint="cpu, cuda, cuda:1")
     return device
 
 

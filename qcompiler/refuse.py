@@ -30,7 +30,7 @@ def refuse(config: Any) -> None:
             f"{name} is multimodal or composite ({', '.join(parts)}); only text decoders are compiled",
             hint="save its language model alone, as a causal language model, and compile that",
         )
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if cls is None and not getattr(config, "auto_map", None):
         raise CaptureError(
             f"{name} has no causal language model in Transformers {transformers.__version__}",
@@ -43,7 +43,7 @@ def refuse(config: Any) -> None:
         recurrent = [kind for kind in layers if not kind.endswith("attention")] or ([] if layers else ["all of them"])
     if recurrent:
         raise CaptureError(
-            f"{name} has state-space, recurrent or convolutional layers ({', '.join(recurrent)}), which are not compiled",
+            f"{name} has state-space, recurrent or convolutional layers ({', '.join(recurrent)}): not compiled",
             hint="choose a model whose layers are attention and MLP or experts",
         )
 
@@ -52,6 +52,6 @@ def refuse_built(model: PreTrainedModel) -> None:
     """Raise `CaptureError` for a model whose attention sees later tokens: an encoder under a language model's head."""
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):
         raise CaptureError(
-            f"{type(model).__name__} attends to later tokens too, as an encoder does; only causal decoders are compiled",
+            f"{type(model).__name__} attends to later tokens too, as an encoder does; only decoders are compiled",
             hint="if it was trained as a decoder, its config.json must say so: `is_decoder: true`",
         )

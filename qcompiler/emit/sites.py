@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qcompiler.ir.annotations import Structure
 from qcompiler.scheme import Scheme
 
-Structure = Literal["attention-input", "attention-output", "mlp-input", "mlp-output", "experts", "router", "lm-head"]
 FusedNames = Mapping[str, Sequence[Sequence[str]]]
 """Fused name -> the lists of shard names it can stand for (model classes of one runtime differ), in shard order."""
 

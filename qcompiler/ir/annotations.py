@@ -40,7 +40,8 @@ class Leaf:
     """A `call_module` node that capture raised: one module of the model, called once.
 
     `in_features` and `out_features` are those of linears; a Conv1D counts as the linear it computes. A bare linear is
-    not raised: its annotation stands on the `aten.linear` node, and its path is that of the module that owns the weight.
+    not raised: its annotation stands on the `aten.linear` node, and its path is that of the module that owns the
+    weight.
     """
 
     kind: LeafKind

@@ -10,7 +10,7 @@ import torch.fx
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qcompiler.ir.annotations import Leaf, get
+from qcompiler.ir.annotations import Leaf, Role, get
 from qcompiler.ir.fx import Node
 from qcompiler.scheme import KVCacheSpec
 
@@ -48,9 +48,9 @@ class Graph:
 
     `constants` are tensors that the forward pass made itself; `buffers` are those that the checkpoint does not hold
     (rotary frequencies). `max_sequence_length` bounds the sequences for which the graph is the model, None: no bound.
-    `like` maps the path of each decoder layer to that of the layer whose trace it shares. `kv_cache` is what the key/value
-    cache becomes, decided for the whole model. `loaders` are those that must read the checkpoint's config alike, as
-    `legalize` found; None: all that are known.
+    `like` maps the path of each decoder layer to that of the layer whose trace it shares. `kv_cache` is what the
+    key/value cache becomes, decided for the whole model. `loaders` are those that must read the checkpoint's config
+    alike, as `legalize` found; None: all that are known.
     """
 
     fx: torch.fx.Graph
@@ -70,13 +70,20 @@ class Graph:
     @property
     def input(self) -> Node:
         """The placeholder of `input_ids` [B, S]."""
-        return next(node for node in self.fx.nodes if node.op == "placeholder")
+        node: Node = next(node for node in self.fx.nodes if node.op == "placeholder")
+        return node
 
     @property
     def output(self) -> Node:
         """The node whose value is the logits."""
-        (value,) = next(node for node in self.fx.nodes if node.op == "output").all_input_nodes
-        return value
+        node: Node = next(node for node in self.fx.nodes if node.op == "output")
+        return node.all_input_nodes[0]
+
+    @property
+    def layer_count(self) -> int:
+        """How many decoder layers there are."""
+        layers = [role.layer for node in self.fx.nodes if (role := get(node, Role)) and role.layer is not None]
+        return 1 + max(layers, default=-1)
 
     def leaves(self) -> Iterator[tuple[Node, Leaf]]:
         """Every raised leaf with what it is, in the order in which they run."""

@@ -17,7 +17,7 @@ from qcompiler.errors import VerificationError
 
 
 def observe(x: Tensor) -> Tensor:
-    """Identity. While calibrating, the statistic of the node's `Observer` annotation takes in the real tokens of `x`."""
+    """Identity. While calibrating, the statistic of the node's `Observer` annotation takes in the tokens of `x`."""
     return x
 
 

@@ -15,7 +15,6 @@ from qcompiler.ir.fx import Node, op_name, value
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import OPS
 
-
 _HIDDEN = frozenset({"device", "pin_memory", "layout"})  # where a tensor lies says nothing of what is computed
 
 

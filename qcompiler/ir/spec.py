@@ -1,7 +1,7 @@
 """What must hold of a graph at each stage. The pass manager checks it after every pass.
 
-A spec is a table of rules: a name, and what finds the nodes that break it, with the words for it. Stages add rules; a rule
-of an earlier stage holds on unless the table of a later one leaves it out.
+A spec is a table of rules: a name, and what finds the nodes that break it, with the words for it. Stages add rules; a
+rule of an earlier stage holds on unless the table of a later one leaves it out.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _leaf_annotated(node: Node) -> str | None:
 
 
 def _annotated_leaf(node: Node) -> str | None:
-    stray = [kind.__name__ for kind in (Role, Quant) if get(node, kind) is not None]
+    found = {"Role": get(node, Role), "Quant": get(node, Quant)}
+    stray = [name for name, annotation in found.items() if annotation is not None]
     return f"it has a {' and a '.join(stray)} annotation, but is no leaf" if stray and get(node, Leaf) is None else None
 
 
@@ -327,8 +328,8 @@ SPECS: dict[Stage, tuple[Rule, ...]] = {
 def verify(graph: Graph, *, after: str) -> None:
     """Check a graph against the spec of its stage.
 
-    Raises `VerificationError` for the first broken rule: it names the pass (`after`), the node, its module path, and shows
-    the lines of IR around it.
+    Raises `VerificationError` for the first broken rule: it names the pass (`after`), the node, its module path, and
+    shows the lines of IR around it.
     """
     for rule in SPECS[graph.stage]:
         for node, wrong in rule.broken(graph):

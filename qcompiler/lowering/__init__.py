@@ -1,1 +1,1 @@
-"""From an annotated graph to what lies on disk: sites for the loaders, predicted bytes, config, and the lowered graph."""
+"""From an annotated graph to what lies on disk: sites for loaders, predicted bytes, config, and the lowered graph."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+
+from torch import Tensor
 
 from qcompiler.checkpoints.header import tensor_bytes
 from qcompiler.formats import layout
-from qcompiler.ir.annotations import Leaf, LeafKind, Role, get_quant, need
-from qcompiler.ir.fx import Node
+from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, get, get_quant, need
+from qcompiler.ir.fx import Node, value
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.sites import LISTED, scheme_of
 from qcompiler.report import LayerRow, Report
@@ -45,12 +47,14 @@ def dense_bytes(paths: Iterable[str], source: ModelSource) -> int:
 
 def predict(graph: Graph, source: ModelSource, report: Report) -> None:
     """Fill the report's layers and totals. Numbers are exact: they equal what `lower` writes, to the byte."""
+    paths = written_paths(graph, source)
+    written = frozenset(paths)
     rows: dict[str, LayerRow] = {}
     for node, leaf in graph.leaves():
-        if leaf.kind in (*LISTED, LeafKind.EXPERTS):
-            rows.setdefault(leaf.path, _row(node, leaf, source))
+        if leaf.kind in (*LISTED, LeafKind.EXPERTS) and leaf.path not in rows:
+            rows[leaf.path] = _row(node, leaf, source, written)
     report.layers = list(rows.values())
-    dense = dense_bytes(written_paths(graph, source), source)
+    dense = dense_bytes(paths, source)
     quantized = {leaf.path: (node, leaf) for node, leaf in graph.linears() if scheme_of(node) is not None}
     report.total_bytes = dense + sum(_packed_bytes(node, leaf, source) for node, leaf in quantized.values())
     report.total_bytes += _cache_bytes(graph, source)
@@ -59,15 +63,12 @@ def predict(graph: Graph, source: ModelSource, report: Report) -> None:
     )
 
 
-def _row(node: Node, leaf: Leaf, source: ModelSource) -> LayerRow:
+def _row(node: Node, leaf: Leaf, source: ModelSource, written: Set[str]) -> LayerRow:
     scheme, quant, role = scheme_of(node), get_quant(node), need(node, Role)
     size = source.dtype.itemsize
-    dense = leaf.parameters * size
+    dense = dense_bytes([path for path in _parameters(leaf, source) if path in written], source)
+    packed = _packed_bytes(node, leaf, source) if scheme else 0
     weights = leaf.out_features * leaf.in_features or leaf.parameters
-    bias = leaf.out_features * size if leaf.bias else 0
-    written = (
-        _packed_bytes(node, leaf, source) if scheme else dense - (bias if leaf.kind is not LeafKind.EXPERTS else 0)
-    )
     return LayerRow(
         path=leaf.path,
         kind=str(leaf.kind),
@@ -77,11 +78,28 @@ def _row(node: Node, leaf: Leaf, source: ModelSource) -> LayerRow:
         scheme=scheme.short if scheme else None,
         format=str(scheme.format) if scheme else None,
         solver=quant.solver if quant and scheme else None,
-        because=", ".join(quant.because) if quant else "no rule selects it",
-        bytes=written + (bias if leaf.kind is not LeafKind.EXPERTS else 0),
-        dense_bytes=dense,
-        bits_per_weight=8 * written / weights,
+        because=_because(leaf, quant),
+        bytes=dense + packed,
+        dense_bytes=leaf.parameters * size,
+        bits_per_weight=8 * packed / weights if scheme else 8 * size,
     )
+
+
+def _because(leaf: Leaf, quant: Quant | None) -> str:
+    if quant is not None:
+        return ", ".join(quant.because)
+    if leaf.kind is LeafKind.EXPERTS:
+        return "blocks of experts are not quantized"
+    if leaf.kind is LeafKind.BARE_LINEAR:
+        return "a linear without a module of its own is not quantized"
+    return "no rule selects it"
+
+
+def _parameters(leaf: Leaf, source: ModelSource) -> list[str]:
+    """The parameters that a leaf owns. A bare linear's module may hold more than its weight, down its tree."""
+    module = source.model.get_submodule(leaf.path)
+    own = module.named_parameters(recurse=leaf.kind is not LeafKind.BARE_LINEAR, remove_duplicate=False)
+    return [f"{leaf.path}.{name}" for name, _ in own]
 
 
 def _packed_bytes(node: Node, leaf: Leaf, source: ModelSource) -> int:
@@ -95,9 +113,6 @@ def _cache_bytes(graph: Graph, source: ModelSource) -> int:
     """Bytes of the KV cache's scales: known once their observers stand in the graph."""
     if graph.kv_cache is None:
         return 0
-    from qcompiler.ir.annotations import Observer, get
-    from qcompiler.ir.fx import value
-
     total = 0
     for node in graph.nodes:
         observer = get(node, Observer)
@@ -107,7 +122,7 @@ def _cache_bytes(graph: Graph, source: ModelSource) -> int:
     return total
 
 
-def _persistent_buffers(source: ModelSource) -> list[object]:
+def _persistent_buffers(source: ModelSource) -> list[Tensor]:
     state = source.model.state_dict()
     parameters = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
     return [tensor for name, tensor in state.items() if name not in parameters]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qcompiler.emit.sites import Site
-from qcompiler.ir.annotations import Leaf, LeafKind, Role, get_quant, need
+from qcompiler.ir.annotations import Leaf, LeafKind, Role, Structure, get_quant, need
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 from qcompiler.scheme import Scheme
@@ -22,8 +22,8 @@ def scheme_of(node: Node) -> Scheme | None:
 def sites(graph: Graph) -> list[Site]:
     """A site per linear, in the order in which they run. A module that runs twice is one site.
 
-    Bare linears (routers) are sites too: runtimes build them as linears, so the config must say that they are dense. So are
-    the projections of expert blocks, by the names that checkpoints give them.
+    Bare linears (routers) are sites too: runtimes build them as linears, so the config must say that they are dense. So
+    are the projections of expert blocks, by the names that checkpoints give them.
     """
     found: dict[str, Site] = {}
     for node, leaf in graph.leaves():
@@ -36,7 +36,6 @@ def sites(graph: Graph) -> list[Site]:
 
 def _site(node: Node, leaf: Leaf) -> Site:
     role = need(node, Role)
-    structure = role.structure
     return Site(
         name=leaf.path,
         out_features=leaf.out_features,
@@ -45,7 +44,7 @@ def _site(node: Node, leaf: Leaf) -> Site:
         class_name=leaf.class_name,
         has_bias=leaf.bias,
         fusion_group=role.fusion_group,
-        structure=structure.value if structure and structure.value != "embedding" else None,
+        structure=role.structure,
         kind="conv1d" if leaf.kind is LeafKind.CONV1D else "linear",
     )
 
@@ -66,7 +65,7 @@ def _experts(graph: Graph, leaf: Leaf) -> Iterator[Site]:
                     name=f"{leaf.path}.{index}.{projection}",
                     out_features=int(out) // len(projections),
                     in_features=int(inner),
-                    structure="experts",
+                    structure=Structure.EXPERTS,
                     kind="experts",
                     fusion_group=f"{leaf.path}.{index}.{name}" if len(projections) > 1 else None,
                 )

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
-from qcompiler.emit.config import build_quantization_config
+from qcompiler.emit.config import LOADERS, build_quantization_config
 from qcompiler.errors import VerificationError
 from qcompiler.formats import pack
 from qcompiler.ir.annotations import Leaf, get
@@ -24,14 +24,17 @@ PROVENANCE = "qcompiler.json"
 
 
 class CheckpointStep:
-    """The writing side of a sweep. Partitions are written in order; every tensor goes into the shard of its first use."""
+    """The writing side of a sweep: partitions in order, and every tensor in the shard of its first use."""
 
     def __init__(self, graph: Graph, context: Context, destination: Destination) -> None:
         self._graph = graph
         self._context = context
         self._quantized = quantized_paths(graph)
         self._config = build_quantization_config(
-            sites(graph), kv_cache=graph.kv_cache, compressed_tensors_version=LIBRARY_VERSION
+            sites(graph),
+            kv_cache=graph.kv_cache,
+            loaders=graph.loaders or LOADERS,
+            compressed_tensors_version=LIBRARY_VERSION,
         )
         self._dense = self._assign_paths()
         shards = [name for name, (dense, packed) in self._dense.items() if dense or packed]

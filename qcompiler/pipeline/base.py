@@ -1,8 +1,8 @@
 """The pass protocol.
 
-A `GraphPass` edits the whole graph at once. A `StreamingPass` works on one partition at a time, with its weights at hand:
-consecutive streaming passes are fused into one sweep, so that a partition is loaded, solved and written before the next is
-touched, and memory does not grow with depth.
+A `GraphPass` edits the whole graph at once. A `StreamingPass` works on one partition at a time, with its weights at
+hand: consecutive streaming passes are fused into one sweep, so that a partition is loaded, solved and written before
+the next is touched, and memory does not grow with depth.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PartitionStep(ABC):
 
     def abort(self) -> None:
         """The sweep failed: leave nothing behind."""
-        return None
+        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class Solved:
 class PartitionWork:
     """What a step sees of one partition.
 
-    `weights` are its parameters and buffers by path, in the model's dtype, on the device. `statistics` are what observers
-    collected, by id. Steps fill `solved` (by module path) and `extra` (tensors to write besides, by key).
+    `weights` are its parameters and buffers by path, in the model's dtype, on the device. `statistics` are what
+    observers collected, by id. Steps fill `solved` (by module path) and `extra` (tensors to write besides, by key).
     """
 
     partition: Partition
@@ -116,7 +116,7 @@ class Context:
     report: Report
     target: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    data: Callable[[], TokenData] | None = None
+    data: TokenData | None = None
     output: Destination | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     provenance: dict[str, object] = field(default_factory=dict)

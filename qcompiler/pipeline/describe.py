@@ -31,8 +31,7 @@ def _describe(cls: type[Pass]) -> str:
     lines = [f"{cls.name}  ({before}{after})", *(f"  {line}".rstrip() for line in text.splitlines())]
     hints = get_type_hints(cls)
     assert dataclasses.is_dataclass(cls)
-    for field in dataclasses.fields(cls):
-        lines.append(f"    {field.name}: {_type_name(hints[field.name])}{_default(field)}")
+    lines += [f"    {f.name}: {_type_name(hints[f.name])}{_default(f)}" for f in dataclasses.fields(cls)]
     return "\n".join(lines) + "\n"
 
 

@@ -36,8 +36,8 @@ def pass_classes() -> dict[str, type[Pass]]:
 def pass_class(name: str) -> type[Pass]:
     """The pass of this name; no other is imported.
 
-    Raises `ConfigError` with near names where there is none, where two packages claim the name, and where what the entry
-    point gives is no pass.
+    Raises `ConfigError` with near names where there is none, where two packages claim the name, and where what the
+    entry point gives is no pass.
     """
     loaded = {id(cls): cls for cls in (_load(point) for point in entry_points(group=PASSES, name=name))}
     if not loaded:

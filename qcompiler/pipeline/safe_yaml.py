@@ -1,4 +1,4 @@
-"""Read YAML from people one need not trust: no objects, no explosions, no key given twice; and know the line of each value.
+"""Read YAML from people one need not trust: no objects, no explosions, no key given twice. It knows each value's line.
 
 Scalars follow YAML 1.2's core schema. The 1.1 of PyYAML reads `layers: 2:10` as the number 130, and `no` as false.
 """
@@ -132,8 +132,11 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
     for key, _ in node.value:
         line = f"{where}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TAG + "str", _TAG + "merge"):
-            raise ConfigError(f"{line}: a key is a word, not {key.value!r}" if isinstance(key.value, str) else
-                              f"{line}: a key is a word, not a {key.id}")
+            raise ConfigError(
+                f"{line}: a key is a word, not {key.value!r}"
+                if isinstance(key.value, str)
+                else f"{line}: a key is a word, not a {key.id}"
+            )
         if key.value in seen:
             raise ConfigError(f"{line}: key {key.value!r} is given twice")
         seen.add(key.value)

@@ -1,7 +1,7 @@
 """The streaming executor: one sweep over the partitions, with one partition's weights in memory at a time.
 
-For each partition: load its weights; run the batches through it if it has observers; let every step do its part; run the
-batches again through the quantized weights if later partitions observe anything; forget the weights. Memory is one
+For each partition: load its weights; run the batches through it if it has observers; let every step do its part; run
+the batches again through the quantized weights if later partitions observe anything; forget the weights. Memory is one
 partition plus the activations that cross its border, whatever the depth of the model.
 """
 
@@ -27,7 +27,7 @@ from qcompiler.numerics import dequantize, fake_quantize
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.statistics import Statistic
-from qcompiler.runtime.stream import Stream, tensor_paths
+from qcompiler.runtime.stream import Stream, always, tensor_paths
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
     """Run `steps` over every partition in order. Calibration data is asked for only where something is observed."""
     parts = partitions(graph)
     last = max((i for i, part in enumerate(parts) if _observers(part)), default=-1)
-    stream = Stream(graph, parts[: last + 1], _batches(graph, context), context.device) if last >= 0 else None
+    stream = Stream(graph, parts[: last + 1], _batches(context), context.device) if last >= 0 else None
     clock: dict[str, float] = defaultdict(float)
     spent = [0.0] * len(steps)
     for index, part in enumerate(parts):
@@ -79,21 +79,13 @@ def _observers(part: Partition) -> list[Node]:
     return [node for node in part.nodes if node.target is observe]
 
 
-def _batches(graph: Graph, context: Context) -> tuple[TokenBatch, ...]:
+def _batches(context: Context) -> tuple[TokenBatch, ...]:
     if context.data is None:
         raise DataError(
-            "this pipeline measures activations, and no calibration data was given",
-            hint="pass --dataset (Python: calibration=), or use schemes whose activations are dynamic",
+            "a pass observes activations, and no calibration data was loaded",
+            hint="insert observers before the first streaming pass, and give calibration data",
         )
-    data = context.data()
-    window = graph.max_sequence_length
-    if window is not None and data.sequence_length > window:
-        raise DataError(
-            f"calibration sequences of {data.sequence_length} tokens: beyond {window} this model's rotary embedding "
-            "depends on the length, and the captured graph does not",
-            hint=f"use --sequence-length {window} or less",
-        )
-    return data.batches
+    return context.data.batches
 
 
 def _collect(part: Partition, stream: Stream, weights: dict[str, Tensor], *, final: bool) -> dict[str, Statistic]:
@@ -125,7 +117,7 @@ def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
             key = f"{leaf.path}.weight"
             work.weights[key] = dequantize(work.solved[leaf.path].weight, work.weights[key].dtype)
             handlers[node.target] = quantized_handler(work)
-    stream.run(part, part.nodes, work.weights, lambda batch: handlers, keep=True)
+    stream.run(part, part.nodes, work.weights, always(handlers), keep=True)
 
 
 def quantized_handler(work: PartitionWork) -> Handler:
@@ -133,7 +125,8 @@ def quantized_handler(work: PartitionWork) -> Handler:
 
     def handle(node: Node, args: tuple[Any, ...]) -> Tensor:
         leaf, quant = need(node, Leaf), get_quant(node)
-        assert quant is not None and quant.scheme is not None
+        assert quant is not None
+        assert quant.scheme is not None
         x = quantize_input(args[0], quant.scheme.input_activations, work.solved[leaf.path])
         return functional.linear(x, work.weights[f"{leaf.path}.weight"], work.weights.get(f"{leaf.path}.bias"))
 

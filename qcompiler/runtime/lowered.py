@@ -26,7 +26,7 @@ from qcompiler.ir.partition import partitions
 from qcompiler.lowering.rewrite import lower_graph
 from qcompiler.numerics import fake_quantize as round_activations
 from qcompiler.runtime.evaluate import Handler
-from qcompiler.runtime.stream import Stream, tensor_paths
+from qcompiler.runtime.stream import Stream, always, tensor_paths
 from qcompiler.source import ModelSource, build_on_meta
 
 
@@ -79,7 +79,7 @@ def logits(graph: Graph, source: ModelSource, batches: Sequence[TokenBatch], dev
         loaded = source.load([path for path in paths if path not in own])
         weights = {path: (own[path] if path in own else loaded[path]).to(device) for path in paths}
         bound: dict[Any, Handler] = {op: partial(handler, source, weights) for op, handler in handlers.items()}
-        stream.run(part, part.nodes, weights, lambda batch, bound=bound: bound, keep=True)
+        stream.run(part, part.nodes, weights, always(bound), keep=True)
     return stream.outputs()
 
 

@@ -19,8 +19,8 @@ _SHRINKS = 80
 class Statistic:
     """The range of one observed tensor over all real tokens, per tensor or per head.
 
-    `percentile` and `mse` also keep counts of magnitudes in logarithmic bins, negative and positive apart, whose edges do
-    not depend on the data: updates commute, and two statistics could be added.
+    `percentile` and `mse` also keep counts of magnitudes in logarithmic bins, negative and positive apart, whose edges
+    do not depend on the data: updates commute, and two statistics could be added.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -31,7 +31,9 @@ class Statistic:
         self._counts: Tensor | None = None
 
     def update(self, x: Tensor, mask: Tensor) -> None:
-        """Take in `x` where `mask` (bool [B, S]) is true. `x` is [B, S, ...], [B * S, ...] or, for keys and values, [B, H, S, D].
+        """Take in `x` where `mask` (bool [B, S]) is true.
+
+        `x` is [B, S, ...], [B * S, ...] or, for keys and values, [B, H, S, D].
 
         Raises `DataError` on NaN or infinity.
         """

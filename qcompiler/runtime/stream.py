@@ -16,6 +16,12 @@ from qcompiler.ir.ops import quantized_linear
 from qcompiler.runtime.evaluate import Handler, evaluate
 
 Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
+"""What evaluates nodes in place of their targets, for one batch."""
+
+
+def always(handlers: Mapping[Any, Handler]) -> Handlers:
+    """The same handlers for every batch."""
+    return lambda batch: handlers
 
 
 def tensor_paths(graph: Graph, part: Partition) -> list[str]:
@@ -44,8 +50,8 @@ def depends_on_tokens(graph: Graph) -> set[Node]:
 class Stream:
     """The batches on their way through the partitions.
 
-    Values that depend on the tokens are kept for every batch; those that depend on the shape alone are computed and kept
-    once per shape. Everything waits on the host, in the dtype that the graph gives it.
+    Values that depend on the tokens are kept for every batch; those that depend on the shape alone are computed and
+    kept once per shape. Everything waits on the host, in the dtype that the graph gives it.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class Stream:
     def run(
         self, part: Partition, nodes: Sequence[Node], weights: Mapping[str, Tensor], handlers: Handlers, *, keep: bool
     ) -> None:
-        """Run every batch through `nodes` of `part`; `keep` what later partitions read, and let go of what none does."""
+        """Run every batch through `nodes` of `part`; `keep` what later partitions read, let go of what none does."""
         index = self._index[part.name]
         later = [node for node in part.writes if self._last_reader.get(node, -1) > index]
         by_tokens = [node for node in nodes if node in self._tokens]

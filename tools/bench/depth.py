@@ -1,6 +1,6 @@
 """Peak memory against the number of layers: width 2048, the same tokens, a pipeline that calibrates.
 
-    python tools/bench/depth.py --models DIR [--samples 16 --length 256]
+python tools/bench/depth.py --models DIR [--samples 16 --length 256]
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     for pipeline in options.pipelines:
         for layers in (4, 16, 32):
-            config = llama_config(
-                hidden=2048, intermediate=5632, layers=layers, heads=32, kv_heads=8, vocabulary=32000
-            )
+            config = llama_config(hidden=2048, intermediate=5632, layers=layers, heads=32, kv_heads=8, vocabulary=32000)
             folder = write_random(config, options.models / f"llama-2048x{layers}")
             output = options.models / "out"
             tokens = f"{options.samples}x{options.length}"

@@ -31,9 +31,7 @@ def llama_config(
 
 LLAMA_8B = llama_config(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256)
 LLAMA_405B = llama_config(hidden=16384, intermediate=53248, layers=126, heads=128, kv_heads=8, vocabulary=128256)
-LLAMA_1B = llama_config(
-    hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, tied=True
-)
+LLAMA_1B = llama_config(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, tied=True)
 
 
 def write_config(config: LlamaConfig, folder: Path) -> Path:

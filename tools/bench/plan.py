@@ -1,6 +1,6 @@
 """How long a plan takes, and how much memory, for configs without weights.
 
-    python tools/bench/plan.py
+python tools/bench/plan.py
 """
 
 from __future__ import annotations
