@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompiler.compile import Plan, Result, compile, plan
+    from qcompiler.compiler import Plan, Result, compile, plan
     from qcompiler.data import CalibrationSpec
     from qcompiler.errors import QCompilerError
     from qcompiler.pipeline import Context, GraphPass, Pass, Pipeline, StreamingPass, load_pipeline
     from qcompiler.scheme import QuantSpec, Scheme
-    from qcompiler.verify import Verification, verify
+    from qcompiler.verification import Verification, verify
 
 _HOME = {
     "CalibrationSpec": "qcompiler.data",
@@ -23,17 +23,17 @@ _HOME = {
     "GraphPass": "qcompiler.pipeline",
     "Pass": "qcompiler.pipeline",
     "Pipeline": "qcompiler.pipeline",
-    "Plan": "qcompiler.compile",
+    "Plan": "qcompiler.compiler",
     "QCompilerError": "qcompiler.errors",
     "QuantSpec": "qcompiler.scheme",
-    "Result": "qcompiler.compile",
+    "Result": "qcompiler.compiler",
     "Scheme": "qcompiler.scheme",
     "StreamingPass": "qcompiler.pipeline",
-    "Verification": "qcompiler.verify",
-    "compile": "qcompiler.compile",
+    "Verification": "qcompiler.verification",
+    "compile": "qcompiler.compiler",
     "load_pipeline": "qcompiler.pipeline",
-    "plan": "qcompiler.compile",
-    "verify": "qcompiler.verify",
+    "plan": "qcompiler.compiler",
+    "verify": "qcompiler.verification",
 }
 
 __all__ = [

@@ -142,7 +142,7 @@ def compile(
     if dataset is None:
         _refuse_data_options(context)
 
-    from qcompiler.compile import compile as run
+    from qcompiler.compiler import compile as run
     from qcompiler.data import CalibrationSpec
 
     spec = CalibrationSpec(
@@ -199,7 +199,7 @@ def plan(
     """
     _check_exclusive(json, print_after, print_pipeline)
 
-    from qcompiler.compile import plan as run
+    from qcompiler.compiler import plan as run
 
     if print_pipeline:
         _print_yaml(pipeline)
@@ -236,7 +236,7 @@ def verify(
     """
     from dataclasses import asdict
 
-    from qcompiler.verify import verify as run
+    from qcompiler.verification import verify as run
 
     verification = run(
         out,

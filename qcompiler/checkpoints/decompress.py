@@ -55,9 +55,15 @@ class CompressedReader(CheckpointReader):
         weight, _ = unpack(self.parts(name), self.schemes[name])
         return dequantize(weight, self._dtype)
 
-    def parts(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a quantized module as they lie on disk, by their last name."""
-        return {part: self._inner.read(meta.key) for part, meta in self._parts[name].items()}
+    def parts(self, name: str, *, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of a quantized module as they lie on disk, by their last name, which starts with `prefix`."""
+        return {part: self._inner.read(meta.key) for part, meta in self._parts[name].items() if part.startswith(prefix)}
+
+    def first_bytes(self, key: str, count: int) -> bytes:
+        """The first bytes of a tensor as it lies on disk; of a quantized layer, those of its codes."""
+        parts = self._parts.get(key.removesuffix(".weight"), {})
+        meta = parts.get("weight_packed") or parts.get("weight")
+        return self._inner.first_bytes(meta.key if meta else key, count)
 
     def copy_bytes(self, key: str, write: Callable[[bytes], object]) -> None:
         """Hand the bytes of an unquantized tensor to `write`."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,75 +31,100 @@ from qcompiler.runtime.stream import Stream, always, tensor_paths
 from qcompiler.source import ModelSource, build_on_meta
 
 
-def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> tuple[Graph, ModelSource]:
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A compressed-tensors checkpoint as a graph of quantized operations. Close it, or use it as a context manager."""
+
+    graph: Graph
+    source: ModelSource
+    reader: CompressedReader
+
+    def close(self) -> None:
+        self.source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> Lowered:
     """The lowered graph of a compressed-tensors checkpoint, rebuilt from its config, and its weights.
 
     Raises `CheckpointError` where the folder is no such checkpoint.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantization = raw["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a quantized checkpoint: {error!r}") from error
+    quantization = _quantization_config(folder / "config.json")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     del config.quantization_config
     dtype = config.dtype or torch.float32
     model = build_on_meta(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    opener = partial(_open_weights, quantization=quantization, dtype=dtype)
-    source = ModelSource(folder, config, model, trust_remote_code, opener)
+    reader = CompressedReader(CheckpointReader.open(folder), quantization, dtype)
+    source = ModelSource(folder, config, model, trust_remote_code, lambda _: reader)
     graph = capture_graph(model)
-    reader = source.reader
-    assert isinstance(reader, CompressedReader)
+    lowered = Lowered(graph, source, reader)
     for node, leaf in graph.linears():
-        scheme = reader.schemes.get(disk_name(source, leaf.path))
+        scheme = reader.schemes.get(_disk_name(source, leaf.path))
         if scheme is not None:
             set_quant(node, Quant(scheme, "stored", (f"{folder.name}: config.json",)))
     graph.kv_cache = reader.config.kv_cache
     lower_graph(graph)
     graph.stage = Stage.LOWERED
-    return graph, source
+    return lowered
 
 
-def _open_weights(folder: Path, *, quantization: dict[str, Any], dtype: torch.dtype) -> CheckpointReader:
-    return CompressedReader(CheckpointReader.open(folder), quantization, dtype)
+def _quantization_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing", hint="give the folder of a compiled checkpoint")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}", hint="compile the model again") from error
+    quantization = raw.get("quantization_config") if isinstance(raw, dict) else None
+    if not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"{file} has no quantization_config: this checkpoint is not quantized", hint="compile it first"
+        )
+    return quantization
 
 
-def disk_name(source: ModelSource, path: str) -> str:
+def _disk_name(source: ModelSource, path: str) -> str:
     """The name on disk of the module at `path`."""
     return source.names.sources(f"{path}.weight")[0].key.removesuffix(".weight")
 
 
-def logits(graph: Graph, source: ModelSource, batches: Sequence[TokenBatch], device: torch.device) -> list[Tensor]:
+def logits(lowered: Lowered, batches: Sequence[TokenBatch], device: torch.device) -> list[Tensor]:
     """The logits [B, S, V] of every batch, partition by partition: one partition's dense weights at a time."""
+    graph, source = lowered.graph, lowered.source
     parts = partitions(graph)
     stream = Stream(graph, parts, batches, device)
-    handlers = {quantized_linear: _linear_handler, fake_quantize: _activation_handler}
     own = graph.buffers | graph.constants
     for part in parts:
         paths = tensor_paths(graph, part)
         loaded = source.load([path for path in paths if path not in own])
         weights = {path: (own[path] if path in own else loaded[path]).to(device) for path in paths}
-        bound: dict[Any, Handler] = {op: partial(handler, source, weights) for op, handler in handlers.items()}
-        stream.run(part, part.nodes, weights, always(bound), keep=True)
+        handlers: dict[Any, Handler] = {
+            quantized_linear: partial(_multiply, weights),
+            fake_quantize: partial(_round, lowered),
+        }
+        stream.run(part, part.nodes, weights, always(handlers), keep=True)
     return stream.outputs()
 
 
-def _linear_handler(source: ModelSource, weights: dict[str, Tensor], node: Node, args: tuple[Any, ...]) -> Tensor:
+def _multiply(weights: dict[str, Tensor], node: Node, args: tuple[Any, ...]) -> Tensor:
     x, path = args
     return functional.linear(x, weights[f"{path}.weight"], weights.get(f"{path}.bias"))
 
 
-def _activation_handler(source: ModelSource, weights: dict[str, Tensor], node: Node, args: tuple[Any, ...]) -> Tensor:
+def _round(lowered: Lowered, node: Node, args: tuple[Any, ...]) -> Tensor:
     x, path = args
-    reader = source.reader
-    assert isinstance(reader, CompressedReader)
-    name = disk_name(source, path)
-    scheme = reader.schemes[name]
-    assert scheme.input_activations is not None
-    stored = {part: tensor.to(x.device) for part, tensor in reader.parts(name).items() if part.startswith("input_")}
+    name = _disk_name(lowered.source, path)
+    spec = lowered.reader.schemes[name].input_activations
+    assert spec is not None, f"{path} has a fake_quantize, and no scheme for its input"
+    stored = {part: tensor.to(x.device) for part, tensor in lowered.reader.parts(name, prefix="input_").items()}
     return round_activations(
         x,
-        scheme.input_activations,
+        spec,
         scale=stored.get("input_scale"),
         zero_point=stored.get("input_zero_point"),
         global_scale=stored.get("input_global_scale"),

@@ -30,7 +30,7 @@ def main() -> None:
     folder = str(write_random(LLAMA_1B, options.models / "llama-1b"))
     output = str(options.models / "out")
     pipeline = HERE / options.pipeline
-    jobs = {
+    jobs: dict[str, tuple[Path, Path, str, str, str, str, str] | tuple[Path, Path, str, str, str, str]] = {
         "qcompiler": (Path(sys.executable), HERE / "job_ours.py", "compile", folder, str(pipeline), output, "-"),
         "llm-compressor oneshot": (options.peer_python, HERE / "job_peer.py", "oneshot", folder, "W4A16", output),
         "llm-compressor model_free_ptq": (

@@ -9,7 +9,7 @@ import torch
 from measure import measured
 from transformers.utils import logging
 
-from qcompiler.compile import compile, plan
+from qcompiler.compiler import compile, plan
 
 
 def main(job: str, model: str, pipeline: str, output: str, tokens: str) -> None:

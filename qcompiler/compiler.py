@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, r
 from qcompiler.report import Report, Timing
 from qcompiler.source import ModelSource, TokenizerLike, open_model
 
-ModelLike = str | Path | PreTrainedModel
+ModelLike: TypeAlias = str | Path | PreTrainedModel
 PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
 CalibrationLike = CalibrationSpec | str | Path | Iterable[Any]
 Progress = Callable[[str, int, int], None]
