@@ -64,7 +64,7 @@ class Assign(GraphPass):
         _check_fusion(graph)
         blocks = [leaf for _, leaf in graph.leaves() if leaf.kind is LeafKind.EXPERTS]
         if blocks:
-            context.report.info(f"{len(blocks)} blocks of experts stay dense: {blocks[0].path} and its likes")
+            context.report.info(f"blocks of experts stay dense: {len(blocks)}, {blocks[0].path} the first of them")
         if self.kv_cache is not None:
             if graph.kv_cache not in (None, self.kv_cache):
                 raise RuleError(f"{self.name}: the KV cache already has the scheme {graph.kv_cache}")

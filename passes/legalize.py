@@ -11,7 +11,7 @@ from qcompiler.emit.sites import Site
 from qcompiler.errors import LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.lowering.sites import scheme_of, sites
+from qcompiler.lowering.sites import disk_sites, scheme_of, sites
 from qcompiler.lowering.write import LIBRARY_VERSION
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
@@ -41,7 +41,7 @@ class Legalize(GraphPass):
         if self.conv1d == "dense":
             self._leave_conv1d(graph, context)
         everything = sites(graph)
-        violations = check(target, everything, kv_cache=graph.kv_cache, head_size=context.source.head_size)
+        violations = check(target, everything, kv_cache=graph.kv_cache, head_sizes=context.source.head_sizes)
         if violations:
             shown = "\n".join(f"  {v.site}: {v.message} ({v.mend})" for v in violations[:_SHOWN])
             more = f"\n  and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
@@ -50,15 +50,21 @@ class Legalize(GraphPass):
                 hint="change the rules that chose these schemes, or compile for another --target",
             )
         if not any(site.scheme for site in everything):
-            raise LegalityError("no linear is quantized: every one is dense", hint="add a rule to assign")
+            raise LegalityError(
+                "no linear is quantized: every one is dense"
+                + (", and Conv1D layers cannot be otherwise" if self._has_conv1d(graph) else ""),
+                hint="add a rule to assign",
+            )
         self._check_names(graph, context)
         self._prove(graph, everything, target, context)
+        self._say_of_transformers(graph, everything, target, context)
 
     def _prove(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
         """Build the config for every loader, or, where they cannot agree, for the target's own: that is said."""
         build = partial(
             build_quantization_config,
             everything,
+            also=disk_sites(graph, context.source),
             kv_cache=graph.kv_cache,
             compressed_tensors_version=LIBRARY_VERSION,
         )
@@ -74,6 +80,16 @@ class Legalize(GraphPass):
             raise LegalityError(error.message, hint=error.hint) from error
         graph.loaders = emitted.loaders
         context.report.config_summary = emitted.summary
+
+    def _say_of_transformers(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
+        """Transformers is what a checkpoint is verified with, so who compiles for another runtime wants to know."""
+        if target.loader != "transformers":
+            violations = check(load_target("transformers"), everything, kv_cache=graph.kv_cache)
+            if violations:
+                context.report.info(f"Transformers cannot verify this checkpoint: {violations[0].message}")
+
+    def _has_conv1d(self, graph: Graph) -> bool:
+        return any(leaf.kind is LeafKind.CONV1D for _, leaf in graph.linears())
 
     def _leave_conv1d(self, graph: Graph, context: Context) -> None:
         left = [(node, leaf) for node, leaf in graph.linears() if leaf.kind is LeafKind.CONV1D and scheme_of(node)]

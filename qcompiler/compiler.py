@@ -29,7 +29,7 @@ from qcompiler.source import ModelSource, TokenizerLike, open_model
 
 ModelLike: TypeAlias = str | Path | PreTrainedModel
 PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
-CalibrationLike = CalibrationSpec | str | Path | Iterable[Any]
+CalibrationLike = str | Path | CalibrationSpec | Iterable[Any]
 Progress = Callable[[str, int, int], None]
 
 
@@ -96,6 +96,7 @@ def compile(
     pipeline: PipelineLike,
     output: str | Path,
     calibration: CalibrationLike | None = None,
+    sampling: CalibrationSpec | None = None,
     tokenizer: TokenizerLike | None = None,
     target: str | None = None,
     dtype: str = "auto",
@@ -108,9 +109,11 @@ def compile(
 ) -> Result:
     """Compile a model to a compressed-tensors checkpoint in `output`.
 
-    model, pipeline, target, show: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec`, or rows
-    (strings, chats, token ids); needed only by pipelines that measure activations. tokenizer: of a loaded model, which
-    brings none. device: where partitions are run and solved. progress: called with what is done, how far, of how much.
+    model, pipeline, target, show: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec` that
+    names one, or rows (strings, chats, token ids); needed only by pipelines that measure activations. sampling: how
+    many samples are taken of such rows, how long, in which order (a `CalibrationSpec` without a dataset). tokenizer: of
+    a loaded model, which brings none. device: where partitions are run and solved. progress: called with what is done,
+    how far, of how much.
     Raises a `QCompilerError`, after which `output` is what it was before.
     """
     destination = Destination(Path(output), overwrite)
@@ -127,7 +130,7 @@ def compile(
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
         context.provenance |= context.source.identity()
-        _load_data(calibration, graph, context)
+        _load_data(calibration, sampling, graph, context)
         run_streaming_passes(graph, chosen, context, show=show)
     return Result(graph, planned, context.report, destination.folder)
 
@@ -169,7 +172,9 @@ def _prepare(request: _Request, stack: ExitStack) -> tuple[Context, Graph]:
     return context, graph
 
 
-def _load_data(calibration: CalibrationLike | None, graph: Graph, context: Context) -> None:
+def _load_data(
+    calibration: CalibrationLike | None, sampling: CalibrationSpec | None, graph: Graph, context: Context
+) -> None:
     """Load calibration data where something in the graph measures it, before anything is written or computed."""
     if not any(node.target is observe for node in graph.nodes):
         if calibration is not None:
@@ -180,10 +185,7 @@ def _load_data(calibration: CalibrationLike | None, graph: Graph, context: Conte
             "this pipeline measures activations, and no calibration data was given",
             hint="pass --dataset (Python: calibration=), or use schemes whose activations are dynamic",
         )
-    if isinstance(calibration, (str, Path)):
-        calibration = CalibrationSpec(dataset=calibration)
-    spec = calibration if isinstance(calibration, CalibrationSpec) else CalibrationSpec()
-    rows = None if isinstance(calibration, CalibrationSpec) else calibration
+    spec, rows = _sampled(calibration, sampling or CalibrationSpec())
     context.data = _tokens(spec, rows, graph, context.source)
     for note in context.data.notes:
         context.report.info(f"calibration: {note}")
@@ -193,6 +195,20 @@ def _load_data(calibration: CalibrationLike | None, graph: Graph, context: Conte
         "tokens": context.data.tokens,
         "fingerprint": context.data.fingerprint,
     }
+
+
+def _sampled(calibration: CalibrationLike, sampling: CalibrationSpec) -> tuple[CalibrationSpec, Iterable[Any] | None]:
+    """What to read, and the rows to read it from where there are some."""
+    if isinstance(calibration, CalibrationSpec):
+        return calibration, None
+    if sampling.dataset is not None:
+        raise ConfigError(
+            f"two calibration datasets: {sampling.dataset} in sampling=, and calibration= besides",
+            hint="give the whole CalibrationSpec as calibration=",
+        )
+    if isinstance(calibration, (str, Path)):
+        return sampling.model_copy(update={"dataset": calibration}), None
+    return sampling, calibration
 
 
 def _tokens(spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, source: ModelSource) -> TokenData:

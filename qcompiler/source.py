@@ -61,12 +61,10 @@ class ModelSource:
         return int(window) if window else None
 
     @property
-    def head_size(self) -> int | None:
-        """Elements per attention head, where the config says so."""
-        declared = getattr(self.config, "head_dim", None)
-        heads = getattr(self.config, "num_attention_heads", None)
-        width = getattr(self.config, "hidden_size", None)
-        return int(declared) if declared else int(width) // int(heads) if heads and width else None
+    def head_sizes(self) -> tuple[int, ...]:
+        """Elements per attention head, of all layers, where the config says so."""
+        by_layer = getattr(self.config, "per_layer_config", None) or [self.config]
+        return tuple(sorted({size for config in by_layer if (size := _head_size(config)) is not None}))
 
     @cached_property
     def reader(self) -> TensorSource:
@@ -130,6 +128,15 @@ class ModelSource:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _head_size(config: Any) -> int | None:
+    try:
+        declared = getattr(config, "head_dim", None)
+        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    except RuntimeError:  # a value that differs between layers, which this config does not list
+        return None
+    return int(declared) if declared else int(width) // int(heads) if heads and width else None
 
 
 def open_model(

@@ -77,9 +77,7 @@ def verify(
         client = load_client(folder, trust_remote_code=trust_remote_code)
         probe = _probe(source)
         (ours,) = logits(lowered, [probe], torch.device("cpu"))
-        with _no_bars():  # the first forward pass decompresses
-            theirs = run_model(client, probe)
-        difference = _difference(theirs, ours)
+        difference = _difference(_first_run(client, probe, folder), ours)
         tolerance, because = tolerance_of(lowered.reader.schemes.values(), source.dtype)
     if not difference <= tolerance:
         raise VerificationError(
@@ -116,6 +114,18 @@ def load_client(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedM
     model.eval()
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _first_run(client: PreTrainedModel, probe: TokenBatch, folder: Path) -> Tensor:
+    """The client's logits; its first forward pass decompresses the weights."""
+    try:
+        with _no_bars():
+            return run_model(client, probe)
+    except Exception as error:
+        raise VerificationError(
+            f"{folder}: Transformers loads it, and cannot run it: {type(error).__name__}: {error}",
+            hint="if it runs the dense model in this dtype, do not deploy the checkpoint",
+        ) from error
 
 
 def _no_bars() -> redirect_stderr[io.StringIO]:

@@ -140,14 +140,17 @@ def graph_logits(graph: Graph, ids: Tensor, tensors: dict[str, Tensor]) -> Tenso
 
 
 def _depth(graph: Graph) -> int | None:
-    """How many layers show each copied kind twice; None where nothing was copied."""
+    """How many layers show every traced kind, and those that were copied twice; None where nothing was copied."""
     seen: Counter[str] = Counter()
     depth = None
+    first = 0
     for index, like in enumerate(graph.like.values()):
         seen[like] += 1
-        if seen[like] == 2:
+        if seen[like] == 1:
+            first = index + 1
+        elif seen[like] == 2:
             depth = index + 1
-    return depth
+    return None if depth is None else max(depth, first)
 
 
 def _kind(part: Partition) -> tuple[object, ...]:

@@ -60,9 +60,20 @@ def annotate_roles(graph: Graph) -> None:
     names = _Names(layers)
     input_group = {n: i for m in by_source.values() for i in [names.of(m[0], _word(findings, m[0]))] for n in m}
     fusion_group = {n: i for what, m in findings.fused for i in [names.of(m[0], what)] for n in m}
+    torn = _torn(graph, findings)
     for node, leaf in graph.leaves():
         structure, because = findings.structure.get(node, (_BY_KIND.get(leaf.kind), f"it is a {leaf.kind}"))
+        if leaf.path in torn:
+            structure, because = None, "it runs several times, in places of different structure"
         annotate(node, Role(structure, layers.get(node), input_group.get(node), fusion_group.get(node), because))
+
+
+def _torn(graph: Graph, findings: _Findings) -> set[str]:
+    """Modules that run several times, in places that differ: one weight has one structure, or none."""
+    places: dict[str, set[Structure | None]] = defaultdict(set)
+    for node, leaf in graph.leaves():
+        places[leaf.path].add(findings.structure.get(node, (None,))[0])
+    return {path for path, structures in places.items() if len(structures) > 1}
 
 
 _BY_KIND = {LeafKind.EXPERTS: Structure.EXPERTS, LeafKind.EMBEDDING: Structure.EMBEDDING}

@@ -7,6 +7,7 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from qcompiler.capture.buffers import non_persistent_buffers
 from qcompiler.capture.twin_layers import counts_layers, keep_layers
 from qcompiler.capture.twin_sizes import shrink_sizes
 from qcompiler.errors import CaptureError, ConfigError
@@ -65,6 +66,12 @@ def build_twin(
                 hint="load the weights, so that the graph is compared with the model itself",
             ) from error
         _randomize(model)
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(twin, dtype=dtype, trust_remote_code=trust_remote_code)
+    for path, value in non_persistent_buffers(bare).items():
+        # As `from_pretrained` computes them, which need not be how the constructor does in a narrow dtype.
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._buffers[name] = value
     return model.eval()
 
 

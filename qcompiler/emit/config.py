@@ -63,30 +63,33 @@ class Disagreement:
 def build_quantization_config(
     sites: Sequence[Site],
     *,
+    also: Sequence[Site] = (),
     kv_cache: KVCacheSpec | None = None,
     loaders: Sequence[str] = LOADERS,
     compressed_tensors_version: str,
 ) -> EmittedConfig:
     """The `quantization_config` of a model whose linears are `sites`, dense ones too, proved against `loaders`.
 
+    also: the same linears by other names that a loader may know them by; the config means the same by those.
     Raises `ConfigError` where there is nothing to quantize or a loader is unknown, and `VerificationError` where no
     form of the config is read alike by every loader; it names the loader and the module.
     """
-    _check_inputs(sites, kv_cache, loaders)
+    named = [*sites, *also]
+    _check_inputs(named, kv_cache, loaders)
     # Transformers gives all experts the first group with a target that says `experts`; `shared_experts` says it too.
-    experts_first = sorted(sites, key=lambda site: site.expert_block is None)
+    experts_first = sorted(named, key=lambda site: site.expert_block is None)
     schemes = list(dict.fromkeys(site.scheme for site in experts_first if site.scheme is not None))
 
     def build(targets_of: _TargetsOf) -> dict[str, Any]:
-        label_of: dict[str, Hashable] = {site.name: site.scheme for site in sites}
-        return _config(schemes, targets_of(sites, label_of), _ignore(sites), kv_cache, compressed_tensors_version)
+        label_of: dict[str, Hashable] = {site.name: site.scheme for site in named}
+        return _config(schemes, targets_of(named, label_of), _ignore(named), kv_cache, compressed_tensors_version)
 
     config, exact_because = build(compact_targets), None
-    disagreements = prove(config, sites, loaders)
+    disagreements = prove(config, named, loaders)
     if disagreements:
         exact_because = disagreements[0].message
         config = build(exact_targets)
-        disagreements = prove(config, sites, loaders)
+        disagreements = prove(config, named, loaders)
     if disagreements:
         first = disagreements[0]
         raise VerificationError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from qcompiler.emit.sites import Site
 from qcompiler.ir.annotations import Leaf, LeafKind, Role, Structure, get_quant, need
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 from qcompiler.scheme import Scheme
+from qcompiler.source import ModelSource
 
 LISTED = (LeafKind.LINEAR, LeafKind.CONV1D, LeafKind.BARE_LINEAR)
 
@@ -34,6 +36,35 @@ def sites(graph: Graph) -> list[Site]:
     return list(found.values())
 
 
+def disk_sites(graph: Graph, source: ModelSource) -> list[Site]:
+    """The same linears by the names of their tensors on disk, where those differ from the module's path.
+
+    Transformers renames while loading, and matches targets against its own paths; other runtimes name modules as on disk.
+    names on disk. A config is right when it means the same by both.
+    """
+    if not source.has_weights:
+        return []
+    known = sites(graph)
+    paths = {site.name for site in known}
+    found: dict[str, Site] = {}
+    for site in known:
+        if site.expert_block is None and f"{site.name}.weight" in source.model.state_dict():
+            name = (source.names.disk_name(f"{site.name}.weight") or site.name).removesuffix(".weight")
+            found.setdefault(name, replace(site, name=name, fusion_group=None))
+    for _, leaf in graph.leaves():
+        if leaf.kind is LeafKind.EXPERTS:
+            for name in _experts_on_disk(source, leaf):
+                found.setdefault(name, Site(name, 0, 0, structure=Structure.EXPERTS, kind="experts"))
+    return [site for name, site in found.items() if name not in paths]
+
+
+def _experts_on_disk(source: ModelSource, leaf: Leaf) -> Iterator[str]:
+    block = source.model.get_submodule(leaf.path)
+    for name, parameter in block.named_parameters(recurse=False):
+        if parameter.dim() == 3:
+            yield from (key.removesuffix(".weight") for key in source.names.parts(f"{leaf.path}.{name}") or ())
+
+
 def _site(node: Node, leaf: Leaf) -> Site:
     role = need(node, Role)
     return Site(
@@ -52,14 +83,13 @@ def _site(node: Node, leaf: Leaf) -> Site:
 def _experts(graph: Graph, leaf: Leaf) -> Iterator[Site]:
     """The projections of one expert block. Runtimes name them alike whatever the merged parameters are called."""
     block = graph.model.get_submodule(leaf.path)
-    count = int(block.num_experts)
     transposed = bool(getattr(block, "is_transposed", False))
     for name, parameter in block.named_parameters(recurse=False):
         if parameter.dim() != 3:
             continue
         out, inner = (parameter.shape[2], parameter.shape[1]) if transposed else parameter.shape[1:]
         projections = ("gate_proj", "up_proj") if name.startswith("gate_up") else (name,)
-        for index in range(count):
+        for index in range(int(parameter.shape[0])):
             for projection in projections:
                 yield Site(
                     name=f"{leaf.path}.{index}.{projection}",

@@ -15,7 +15,7 @@ from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
 from qcompiler.lowering.predict import quantized_paths, written_paths
-from qcompiler.lowering.sites import scheme_of, sites
+from qcompiler.lowering.sites import disk_sites, scheme_of, sites
 from qcompiler.pipeline.base import Context, Destination, PartitionWork
 from qcompiler.runtime.stream import tensor_paths
 
@@ -32,6 +32,7 @@ class CheckpointStep:
         self._quantized = quantized_paths(graph)
         self._config = build_quantization_config(
             sites(graph),
+            also=disk_sites(graph, context.source),
             kv_cache=graph.kv_cache,
             loaders=graph.loaders or LOADERS,
             compressed_tensors_version=LIBRARY_VERSION,

@@ -1,4 +1,4 @@
-"""Evaluate a lowered graph on the checkpoint it was lowered to: what a faithful runtime computes."""
+"""Evaluate a lowered graph on the checkpoint it was lowered to, as Transformers with compressed-tensors computes it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from qcompiler.lowering.rewrite import lower_graph
 from qcompiler.numerics import fake_quantize as round_activations
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.stream import Stream, always, tensor_paths
+from qcompiler.scheme import Strategy
 from qcompiler.source import ModelSource, build_on_meta
 
 
@@ -121,11 +122,24 @@ def _round(lowered: Lowered, node: Node, args: tuple[Any, ...]) -> Tensor:
     name = _disk_name(lowered.source, path)
     spec = lowered.reader.schemes[name].input_activations
     assert spec is not None, f"{path} has a fake_quantize, and no scheme for its input"
+    shape = x.shape
+    if spec.strategy is Strategy.TOKEN:
+        x = _as_the_library_sees_tokens(x)
     stored = {part: tensor.to(x.device) for part, tensor in lowered.reader.parts(name, prefix="input_").items()}
-    return round_activations(
+    rounded = round_activations(
         x,
         spec,
         scale=stored.get("input_scale"),
         zero_point=stored.get("input_zero_point"),
         global_scale=stored.get("input_global_scale"),
     )
+    return rounded.reshape(shape)
+
+
+def _as_the_library_sees_tokens(x: Tensor) -> Tensor:
+    """`x` with one row for each scale that compressed-tensors takes: the first two dimensions count its tokens.
+
+    That is one a token where `x` is [batch, tokens, features], as runtimes have it always. Of [tokens, features]
+    (shared experts) it takes a single scale, and of [batch, 1, tokens, features] (latent attention) one a sequence.
+    """
+    return x.reshape(1, -1) if x.dim() == 2 else x.flatten(2)

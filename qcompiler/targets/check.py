@@ -25,20 +25,20 @@ class Violation:
 
 
 def check(
-    target: Target, sites: Sequence[Site], *, kv_cache: KVCacheSpec | None = None, head_size: int | None = None
+    target: Target, sites: Sequence[Site], *, kv_cache: KVCacheSpec | None = None, head_sizes: Sequence[int] = ()
 ) -> list[Violation]:
     """Everything that keeps `target` from loading `sites` as they are annotated; empty when it is legal."""
     modules = _modules(target, sites)
     quantized = [site for site in sites if site.scheme is not None]
     return [
-        *_check_model(target, kv_cache, head_size),
+        *_check_model(target, kv_cache, head_sizes),
         *(violation for site in quantized for violation in _check_site(target, site, site.scheme)),
         *(violation for module in modules for violation in _check_module(target, module)),
         *_check_experts(target, sites),
     ]
 
 
-def _check_model(target: Target, kv_cache: KVCacheSpec | None, head_size: int | None) -> Iterator[Violation]:
+def _check_model(target: Target, kv_cache: KVCacheSpec | None, head_sizes: Sequence[int]) -> Iterator[Violation]:
     if kv_cache is not None and not target.takes_kv_cache(kv_cache):
         yield Violation(
             MODEL,
@@ -46,11 +46,13 @@ def _check_model(target: Target, kv_cache: KVCacheSpec | None, head_size: int | 
             f"{target.label} does not take an FP8 KV cache with one scale per {kv_cache.strategy}",
             f"use strategy {' or '.join(target.kv_cache)}" if target.kv_cache else "leave the KV cache as it is",
         )
-    if head_size is not None and target.head_sizes is not None and head_size not in target.head_sizes:
+    for size in head_sizes:
+        if target.head_sizes is None or size in target.head_sizes:
+            continue
         yield Violation(
             MODEL,
             "head-size",
-            f"{target.label} has no attention kernel for heads of {head_size} (it has {_listed(target.head_sizes)})",
+            f"{target.label} has no attention kernel for heads of {size} (it has {_listed(target.head_sizes)})",
             "serve this model on other hardware: no quantization changes its head size",
         )
 

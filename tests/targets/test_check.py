@@ -147,9 +147,9 @@ def test_the_kv_cache_and_the_head_size_belong_to_the_model() -> None:
     violation = only(check(load_target("sglang"), [], kv_cache=per_head))
     assert (violation.site, violation.rule, violation.mend) == (MODEL, "kv-cache", "use strategy tensor")
     assert check(load_target("vllm-sm90"), [], kv_cache=per_head) == []
-    assert "heads of 8" in only(check(load_target("vllm-cpu"), [], head_size=8)).message
-    assert check(load_target("vllm-cpu"), [], head_size=64) == []
-    assert check(load_target("vllm-sm90"), [], head_size=8) == []
+    assert "heads of 8" in only(check(load_target("vllm-cpu"), [], head_sizes=[8])).message
+    assert check(load_target("vllm-cpu"), [], head_sizes=[64]) == []
+    assert check(load_target("vllm-sm90"), [], head_sizes=[8]) == []
 
 
 def test_an_unknown_target_names_the_near_ones_and_lists_all() -> None:
