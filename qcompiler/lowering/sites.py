@@ -39,8 +39,8 @@ def sites(graph: Graph) -> list[Site]:
 def disk_sites(graph: Graph, source: ModelSource) -> list[Site]:
     """The same linears by the names of their tensors on disk, where those differ from the module's path.
 
-    Transformers renames while loading, and matches targets against its own paths; other runtimes name modules as on disk.
-    names on disk. A config is right when it means the same by both.
+    Transformers renames while loading, and matches targets against its own paths; other runtimes name modules as they
+    find them on disk. A config is right when it means the same by both.
     """
     if not source.has_weights:
         return []
