@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 RUNTIME := $(VENV)/.runtime
 DEVELOPMENT := $(VENV)/.development
 DEMO := qcompiler/demo
-SERVED := w4a16-asym w8a8+w4a16
+SERVED := w4a16-asym w8a8+w4a16 fp8-dynamic
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types tests serve-check clean

@@ -67,7 +67,11 @@ class Assign(GraphPass):
             context.report.info(f"blocks of experts stay dense: {len(blocks)}, {blocks[0].path} the first of them")
         if self.kv_cache is not None:
             if graph.kv_cache not in (None, self.kv_cache):
-                raise RuleError(f"{self.name}: the KV cache already has the scheme {graph.kv_cache}")
+                raise RuleError(
+                    f"{self.name}: kv_cache asks for one scale per {self.kv_cache.strategy}, and an earlier pass for "
+                    f"one per {graph.kv_cache.strategy}",
+                    hint="say kv_cache once",
+                )
             graph.kv_cache = self.kv_cache
 
     def _ignore(self, leaves: list[Node], find: Find) -> dict[Node, str]:
@@ -114,23 +118,29 @@ class Assign(GraphPass):
         self, scheme: Scheme | None, leaf: Leaf, who: str, context: Context
     ) -> tuple[Scheme | None, tuple[str, ...]]:
         """The scheme, or what `on_indivisible` makes of it."""
-        group = scheme.weights.group_size if scheme else None
-        if scheme is None or group is None or leaf.in_features % group == 0:
+        grouped = scheme.undivided(leaf.in_features) if scheme else None
+        if scheme is None or grouped is None:
             return scheme, ()
-        what = f"group size {group} does not divide the {leaf.in_features} inputs of {leaf.path}"
-        can_channel = scheme.weights.scale_dtype is None
-        if self.on_indivisible == "error" or (self.on_indivisible == "channel" and not can_channel):
+        what = f"group size {grouped.group_size} does not divide the {leaf.in_features} inputs of {leaf.path}"
+        channel = _per_channel(scheme, leaf.in_features)
+        if self.on_indivisible == "error" or (self.on_indivisible == "channel" and channel is None):
             raise RuleError(
-                f"{who}: {what}" + ("" if can_channel else f" ({scheme.weights.short} has no per-channel form)"),
+                f"{who}: {what}" + ("" if channel else f" ({scheme.short} has no per-channel form)"),
                 hint="choose a group size that divides, or say on_indivisible: "
-                + ("channel or dense" if can_channel else "dense"),
+                + ("channel or dense" if channel else "dense"),
             )
         context.report.fallback(f"{what}: {self.on_indivisible} instead ({who})")
-        if self.on_indivisible == "dense":
-            return None, (what,)
-        w = scheme.weights
-        channel = QuantSpec(type=w.type, bits=w.bits, symmetric=w.symmetric, strategy=Strategy.CHANNEL)
-        return Scheme(weights=channel, input_activations=scheme.input_activations), (what,)
+        return (channel if self.on_indivisible == "channel" else None), (what,)
+
+
+def _per_channel(scheme: Scheme, in_features: int) -> Scheme | None:
+    """The scheme with one scale per row of the weight; None where its numbers or its activations need groups."""
+    w = scheme.weights
+    if w.scale_dtype is not None:
+        return None
+    channel = QuantSpec(type=w.type, bits=w.bits, symmetric=w.symmetric, strategy=Strategy.CHANNEL)
+    found = Scheme(weights=channel, input_activations=scheme.input_activations)
+    return found if found.undivided(in_features) is None else None
 
 
 @dataclass(frozen=True, slots=True)

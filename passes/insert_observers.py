@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from qcompiler.errors import LegalityError
 from qcompiler.ir.annotations import Leaf, Observer, Role, Scope, annotate, get_quant, need
-from qcompiler.ir.fx import Node, tensor_arg
+from qcompiler.ir.fx import Node, is_op, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
+from qcompiler.ir.partition import partitions
 from qcompiler.ir.spec import needs_statistics
 from qcompiler.patterns.transformer import FUSED_ATTENTION
 from qcompiler.pipeline import Context
@@ -24,8 +27,8 @@ class InsertObservers(GraphPass):
     """Put an `observe` node before linears whose input scale is static, and on keys and values of a quantized cache.
 
     Linears that read one tensor with one scheme share one observer, so q, k and v get equal scales as their fusion
-    needs. `inputs` and `kv_cache` choose the statistic: the whole range, the range of least squared error, or a
-    percentile of it.
+    needs; a module that runs several times has one statistic of all its inputs. `inputs` and `kv_cache` choose the
+    statistic: the whole range, the range of least squared error, or a percentile of it.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -34,12 +37,13 @@ class InsertObservers(GraphPass):
 
     inputs: Kind = "minmax"
     kv_cache: Literal["minmax"] = "minmax"
-    percentile: float = 99.99
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
 
     def run(self, graph: Graph, context: Context) -> None:
         self._observe_inputs(graph)
         if graph.kv_cache is not None:
             self._observe_cache(graph, graph.kv_cache)
+        _check_partitions(graph)
 
     def _observe_inputs(self, graph: Graph) -> None:
         watched: dict[tuple[Node, QuantSpec], list[Node]] = {}
@@ -51,11 +55,14 @@ class InsertObservers(GraphPass):
             assert source is not None
             assert quant.scheme.input_activations is not None
             watched.setdefault((source, quant.scheme.input_activations), []).append(node)
+        ids: dict[str, str] = {}  # by module: its calls share one
         for (source, spec), readers in watched.items():
             paths = tuple(need(node, Leaf).path for node in readers)
             group = need(readers[0], Role).input_group
+            id_ = next((ids[path] for path in paths if path in ids), f"{group}.{spec.short}")
+            ids |= dict.fromkeys(paths, id_)
             because = f"{self.name}: the input scale of {spec.short} is measured"
-            observer = Observer(f"{group}.{spec.short}", self.inputs, spec, "input", paths, (because,), self.percentile)
+            observer = Observer(id_, self.inputs, spec, "input", paths, (because,), self.percentile)
             observed = _insert(graph, source, observer, before=readers[0])
             for reader in readers:
                 reader.replace_input_with(source, observed)
@@ -83,6 +90,28 @@ class InsertObservers(GraphPass):
                     user.replace_input_with(source, observed)
 
 
+def _check_partitions(graph: Graph) -> None:
+    """Calibration sees one partition at a time, so what one statistic takes in must lie in one."""
+    observers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is observe:
+            observers.setdefault(need(node, Observer).id, []).append(node)
+    if all(len(nodes) == 1 for nodes in observers.values()):
+        return
+    place = {node: part.name for part in partitions(graph) for node in part.nodes}
+    for nodes in observers.values():
+        names = dict.fromkeys(place[node] for node in nodes)
+        if len(names) > 1:
+            observer = need(nodes[0], Observer)
+            raise LegalityError(
+                f"{observer.consumers[0]} runs in several partitions ({', '.join(names)}): no static scale of its "
+                f"{observer.purpose} can be measured, because calibration sees one partition at a time",
+                hint="use a scheme whose activations are dynamic, or ignore this layer"
+                if observer.purpose == "input"
+                else "remove kv_cache from assign",
+            )
+
+
 def _insert(graph: Graph, source: Node, observer: Observer, *, before: Node) -> Node:
     with graph.fx.inserting_before(before):
         node = graph.fx.call_function(observe, (source,))
@@ -94,8 +123,6 @@ def _insert(graph: Graph, source: Node, observer: Observer, *, before: Node) -> 
 
 def _before_repeat(node: Node | None) -> Node:
     """Keys and values as they enter the cache: before grouped-query attention repeats the heads."""
-    from qcompiler.ir.fx import is_op
-
     assert node is not None
     while is_op(node, "aten.reshape", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.repeat_interleave"):
         below = tensor_arg(node, 0)

@@ -43,10 +43,10 @@ class Legalize(GraphPass):
         everything = sites(graph)
         violations = check(target, everything, kv_cache=graph.kv_cache, head_sizes=context.source.head_sizes)
         if violations:
-            shown = "\n".join(f"  {v.site}: {v.message} ({v.mend})" for v in violations[:_SHOWN])
+            shown = "\n".join(f"  {v.message} [{v.rule}]; {v.mend}" for v in violations[:_SHOWN])
             more = f"\n  and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
             raise LegalityError(
-                f"{len(violations)} layers cannot be loaded by {target.name}:\n{shown}{more}",
+                f"{target.name} cannot load what was assigned, violations: {len(violations)}\n{shown}{more}",
                 hint="change the rules that chose these schemes, or compile for another --target",
             )
         if not any(site.scheme for site in everything):

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +45,7 @@ _DATA_OPTIONS = (
     "seed",
     "batch_tokens",
 )
+_TEXT_OPTIONS = ("reference", "sequence_length", "sequences")
 _PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
@@ -140,7 +141,7 @@ def compile(
     """Compile MODEL to a checkpoint."""
     _check_exclusive(json, print_after, print_pipeline)
     if dataset is None:
-        _refuse_data_options(context)
+        _refuse_without("--dataset", context, _DATA_OPTIONS)
 
     from qcompiler.compiler import compile as run
     from qcompiler.data import CalibrationSpec
@@ -220,6 +221,7 @@ def plan(
 
 @app.command()
 def verify(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled checkpoint.")],
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The dense model to compare with; needs --text.")
@@ -234,6 +236,9 @@ def verify(
 
     Its logits must be those of the graph that was compiled; --reference compares it with the dense model on a text.
     """
+    if text is None:
+        _refuse_without("--text", context, _TEXT_OPTIONS)
+
     from dataclasses import asdict
 
     from qcompiler.verification import verify as run
@@ -266,12 +271,14 @@ def _check_exclusive(json: bool, print_after: list[str] | None, print_pipeline: 
         raise typer.BadParameter("it cannot be combined with --print-after or --print-pipeline", param_hint="--json")
 
 
-def _refuse_data_options(context: typer.Context) -> None:
-    """Options that would silently do nothing."""
-    for name in _DATA_OPTIONS:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter("it needs --dataset", param_hint=f"--{name.replace('_', '-')}")
+def _refuse_without(needed: str, context: typer.Context, names: Collection[str]) -> None:
+    """Refuse options that do nothing where the option `needed` is not given."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            negated = option.secondary_opts and not context.params[option.name]
+            written = (option.secondary_opts if negated else option.opts)[0]
+            raise typer.BadParameter(f"it needs {needed}", param_hint=written)
 
 
 def _print_yaml(pipeline: str) -> None:

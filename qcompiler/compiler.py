@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qcompiler.capture import capture_and_prove
+from qcompiler.checkpoints.output import check_apart, check_output
 from qcompiler.data import CalibrationSpec, TokenData, load_calibration
-from qcompiler.errors import CheckpointError, ConfigError, DataError
+from qcompiler.errors import ConfigError, DataError
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
 from qcompiler.lowering.predict import predict
@@ -26,6 +26,7 @@ from qcompiler.pipeline.base import Destination
 from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes
 from qcompiler.report import Report, Timing
 from qcompiler.source import ModelSource, TokenizerLike, open_model
+from qcompiler.targets import load_target
 
 ModelLike: TypeAlias = str | Path | PreTrainedModel
 PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
@@ -85,8 +86,10 @@ def plan(
     """
     chosen = load_pipeline(pipeline)
     request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, show, _silent)
-    with ExitStack() as stack:
-        context, graph = _prepare(request, stack)
+    with _open(request) as source:
+        if source.has_weights:
+            source.check_weights()
+        context, graph = _prepare(request, source)
         return Plan(graph, context.report, chosen)
 
 
@@ -117,16 +120,17 @@ def compile(
     Raises a `QCompilerError`, after which `output` is what it was before.
     """
     destination = Destination(Path(output), overwrite)
-    if destination.folder.exists() and not overwrite:
-        raise CheckpointError(f"{output} exists", hint="choose another folder, or pass --overwrite (overwrite=True)")
+    check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
     chosen = load_pipeline(pipeline)
     if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
     progress = progress or _silent
     request = _Request(model, chosen, tokenizer, target, dtype, revision, trust_remote_code, show, progress)
-    with ExitStack() as stack:
-        context, graph = _prepare(request, stack)
+    with _open(request) as source:
+        check_apart(destination.folder, source.folder)
+        source.check_weights()
+        context, graph = _prepare(request, source)
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
         context.provenance |= context.source.identity()
@@ -139,18 +143,22 @@ def _silent(what: str, done: int, total: int) -> None:
     return None
 
 
-def _prepare(request: _Request, stack: ExitStack) -> tuple[Context, Graph]:
-    """Everything that needs no weight. The source is closed with `stack`."""
+def _open(request: _Request) -> ModelSource:
+    """The model, once the request is sound in itself: a model may have to be downloaded."""
     check_order(request.pipeline)
-    source = stack.enter_context(
-        open_model(
-            request.model,
-            tokenizer=request.tokenizer,
-            revision=request.revision,
-            trust_remote_code=request.trust_remote_code,
-            dtype=request.dtype,
-        )
+    if request.target is not None:
+        load_target(request.target)
+    return open_model(
+        request.model,
+        tokenizer=request.tokenizer,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+        dtype=request.dtype,
     )
+
+
+def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
+    """Everything that needs no weight."""
     name = str(request.model) if isinstance(request.model, (str, Path)) else f"loaded {type(request.model).__name__}"
     report = Report(model=name, pipeline=request.pipeline.name)
     request.progress("capture", 0, 0)
@@ -161,6 +169,10 @@ def _prepare(request: _Request, stack: ExitStack) -> tuple[Context, Graph]:
         report.info(note)
     context = Context(source, report, target=request.target)
     run_graph_passes(graph, request.pipeline, context, show=request.show)
+    if request.target is not None and not report.target:
+        report.fallback(
+            f"nothing was checked against target {request.target}: pipeline {report.pipeline} has no legalize"
+        )
     predict(graph, source, report)
     context.provenance = {
         "model": name,
@@ -230,7 +242,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {error}", hint="cpu, cuda, cuda:1") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with what it can dispatch to
+        raise ConfigError(f"device {name!r} cannot be used: {reason}", hint="cpu, cuda, cuda:1") from error
     if device.type == "meta":
         raise ConfigError("device 'meta' computes nothing", hint="cpu, cuda, cuda:1")
     return device

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
 
 from qcompiler.errors import ConfigError, did_you_mean
 
@@ -179,6 +179,13 @@ class Scheme(BaseModel):
         packed = a is None or w.bits < 8 or a.type == "float"
         return Format.PACK_QUANTIZED if packed else Format.INT_QUANTIZED
 
+    def undivided(self, in_features: int) -> QuantSpec | None:
+        """The spec whose groups do not divide so many inputs; None where all groups do."""
+        for spec in (self.weights, self.input_activations):
+            if spec is not None and spec.group_size is not None and in_features % spec.group_size:
+                return spec
+        return None
+
     @property
     def short(self) -> str:
         acts = f" a:{self.input_activations.short}" if self.input_activations else ""
@@ -281,7 +288,10 @@ def plain_scheme(scheme: Scheme) -> str | dict[str, Any]:
 def _plain_spec(spec: QuantSpec) -> dict[str, Any]:
     plain = {"type": spec.type} | spec.model_dump(mode="json", exclude_defaults=True)
     inferred = {key: value for key, value in plain.items() if key != "strategy"}
-    return inferred if QuantSpec.model_validate(inferred) == spec else plain
+    try:
+        return inferred if QuantSpec.model_validate(inferred) == spec else plain
+    except ValidationError:  # the strategy that would be inferred does not go with the rest
+        return plain
 
 
 SchemeField = Annotated[Scheme, BeforeValidator(_preset_or_mapping), PlainSerializer(plain_scheme)]

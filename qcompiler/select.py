@@ -150,7 +150,9 @@ def _there_is(key: str, select: Select, nodes: Sequence[Node]) -> str:
     match key:
         case "name":
             paths = [leaf.path for leaf in leaves]
-            near = [did_you_mean(name, paths).removeprefix("; ") for name in select.name or ()]
+            known = dict.fromkeys((*paths, *map(_last, paths)))
+            asked = [word for name in select.name or () for word in (name, _last(name))]
+            near = [did_you_mean(word, known).removeprefix("; ") for word in asked]
             return next((words for words in near if words), f"names look like {paths[0]}")
         case "class_":
             return f"the model has classes {', '.join(sorted({leaf.class_name for leaf in leaves}))}"
@@ -162,6 +164,10 @@ def _there_is(key: str, select: Select, nodes: Sequence[Node]) -> str:
             return f"the largest has {max(leaf.parameters for leaf in leaves)} parameters"
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _has(node: Node, key: str) -> str:
     leaf, role = need(node, Leaf), need(node, Role)
     facts = {"name": leaf.path, "class": leaf.class_name, "layers": role.layer, "structure": role.structure}
@@ -171,7 +177,9 @@ def _has(node: Node, key: str) -> str:
 def find(select: Select, nodes: Sequence[Node], *, layer_count: int) -> Selection:
     """Run a select over leaves. `layer_count` is the model's: it says which layer is -1."""
     unmet = [(node, select.unmet(node, layer_count)) for node in nodes]
-    chosen = tuple(node for node, keys in unmet if not keys)
+    # A module that runs in several layers is one thing to decide on: it is meant where any of its calls is.
+    modules = {need(node, Leaf).path for node, keys in unmet if not keys}
+    chosen = tuple(node for node in nodes if need(node, Leaf).path in modules)
     # A single key cannot nearly hold: without another one that does, every leaf would be a near miss.
     several = sum(getattr(select, key) is not None for key in type(select).model_fields) > 1
     near = tuple((node, keys[0]) for node, keys in unmet if len(keys) == 1) if several else ()

@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qcompiler.checkpoints.companions import copy_companions
+from qcompiler.checkpoints.finite import FiniteTensor, check_finite, place
 from qcompiler.checkpoints.hub import resolve_model
 from qcompiler.checkpoints.memory import LoadedTensors
 from qcompiler.checkpoints.names import NameMap
-from qcompiler.checkpoints.reader import CheckpointReader, TensorSource, fingerprint
+from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint
+from qcompiler.checkpoints.writer import DiskTensor
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
 from qcompiler.refuse import refuse, refuse_built
 
@@ -83,6 +85,13 @@ class ModelSource:
         """Whether there is any weight: a plan needs none."""
         return self.loaded is not None or _weight_files(self.folder)
 
+    def check_weights(self) -> None:
+        """Read the headers of the weight files, and find every parameter in them: quick, where capture is not.
+
+        Raises `CheckpointError` for files that are missing or damaged, or that hold another model.
+        """
+        _ = self.names
+
     def load(self, paths: Iterable[str]) -> dict[str, Tensor]:
         """Parameters and persistent buffers by path, in the model's dtype.
 
@@ -91,25 +100,28 @@ class ModelSource:
         """
         values = self.names.load_many(paths)
         for path, value in values.items():
-            if path in self._parameters and value.is_floating_point() and value.numel():
-                self._check_finite(path, value)
+            if path in self._parameters:
+                check_finite(path, value, place(self.names.sources(path)[0]))
         return values
+
+    def dense(self, paths: Iterable[str]) -> dict[str, DiskTensor]:
+        """What to write for parameters and buffers that stay as they are, by key; see `NameMap.dense`.
+
+        Raises `CheckpointError` as `load` does: here for what is loaded, and while it is copied for the rest.
+        """
+        paths = list(paths)
+        written: dict[str, DiskTensor] = dict(self.names.dense(p for p in paths if p not in self._parameters))
+        for key, tensor in self.names.dense(path for path in paths if path in self._parameters).items():
+            if isinstance(tensor, RawTensor):
+                written[key] = FiniteTensor(tensor.reader, tensor.key)
+            else:
+                check_finite(key, tensor, self.reader.origin)
+                written[key] = tensor
+        return written
 
     @cached_property
     def _parameters(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
-
-    def _check_finite(self, path: str, value: Tensor) -> None:
-        low, high = value.aminmax()  # one pass, and NaN wins
-        if bool(low.isfinite() & high.isfinite()):
-            return
-        stored = self.names.sources(path)[0]
-        bad = int((~value.isfinite()).sum())
-        raise CheckpointError(
-            f"{path} has {bad} NaN or infinite values of {value.numel()} in {_short(self.dtype)} "
-            f"(tensor {stored.key!r} of {stored.file})",
-            hint="the checkpoint is damaged, or --dtype is too narrow for it",
-        )
 
     def identity(self) -> dict[str, str]:
         """What the model is, whatever its folder is called: hashes of its config and of its weights."""
@@ -165,7 +177,8 @@ def open_model(
     if tokenizer is not None:
         raise ConfigError(f"{model} is a folder, which brings its own tokenizer", hint="leave tokenizer= out")
     folder = resolve_model(str(model), revision=revision)
-    config = _read_config(folder, trust_remote_code)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    refuse(config)
     built = build_on_meta(config, dtype=_dtype(dtype, config, folder), trust_remote_code=trust_remote_code)
     refuse_built(built)
     return ModelSource(folder, config, built, trust_remote_code)
@@ -192,7 +205,8 @@ def _open_loaded(model: Any, tokenizer: TokenizerLike | None, dtype: str) -> Mod
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         _stage_tokenizer(tokenizer, folder)
-        config = _read_config(folder, trust_remote_code=False)
+        config = read_config(folder)
+        refuse(config)
         built = build_on_meta(config, dtype=model.dtype if dtype == "auto" else DTYPES[dtype])
         if type(built) is not type(model):
             raise CaptureError(
@@ -217,11 +231,17 @@ def _stage_tokenizer(tokenizer: TokenizerLike | None, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's config, as a model that can be compiled. Raises `CheckpointError` and `CaptureError`."""
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model folder, as Transformers understands it.
+
+    Raises `CheckpointError` where there is none, and `CaptureError` where Transformers cannot load it or would have to
+    run code that nobody trusted.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder", hint="give a folder as save_pretrained writes it")
     file = folder / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json", hint="MODEL is a folder as save_pretrained writes it")
+        raise CheckpointError(f"{folder} holds no config.json", hint="give a folder as save_pretrained writes it")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -250,7 +270,6 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
             f"{file} is no valid {kind} config: {type(error).__name__}: {error}",
             hint="correct config.json: Transformers itself does not load it",
         ) from error
-    refuse(config)
     return config
 
 

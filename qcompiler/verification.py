@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qcompiler.data import TokenBatch, load_evaluation
-from qcompiler.errors import DataError, VerificationError
+from qcompiler.errors import CheckpointError, DataError, VerificationError
 from qcompiler.fidelity import Fidelity, measure, run_model
 from qcompiler.runtime.lowered import logits, open_lowered
 from qcompiler.scheme import Scheme
@@ -32,6 +32,7 @@ class Verification:
     tolerance: float
     tolerance_because: str
     fidelity: Fidelity | None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         exact = "equal to the last bit" if self.difference == 0 else f"differ by {self.difference:.3g} of their spread"
@@ -39,7 +40,8 @@ class Verification:
             f"{self.checkpoint}: Transformers loads it, nothing missing, unexpected or mismatched",
             f"logits against the compiled graph: {exact} (tolerance {self.tolerance:.3g}: {self.tolerance_because})",
         ]
-        return "\n".join([*lines, *([str(self.fidelity)] if self.fidelity else [])])
+        measured = [str(self.fidelity)] if self.fidelity else []
+        return "\n".join([*lines, *measured, *(f"note: {note}" for note in self.notes)])
 
 
 def verify(
@@ -87,9 +89,9 @@ def verify(
         )
     fidelity = None
     if data is not None:
-        dense = _load_dense(reference, trust_remote_code) if reference is not None else None
+        dense = _load_dense(reference, client, trust_remote_code) if reference is not None else None
         fidelity = measure(client, dense, data.batches)
-    return Verification(folder, difference, tolerance, because, fidelity)
+    return Verification(folder, difference, tolerance, because, fidelity, data.notes if data is not None else ())
 
 
 def load_client(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -146,11 +148,26 @@ def tolerance_of(schemes: Iterable[Scheme], dtype: torch.dtype) -> tuple[float, 
     return torch.finfo(dtype).eps, f"one last place of {name}, in which the scales of activations are computed"
 
 
-def _load_dense(reference: str | Path, trust_remote_code: bool) -> PreTrainedModel:
+def _load_dense(reference: str | Path, client: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
+    """The reference in Transformers. Raises a `QCompilerError` where it is damaged, or no reference for `client`."""
     with open_model(reference, trust_remote_code=trust_remote_code) as source:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype="auto", trust_remote_code=trust_remote_code
-        )
+        theirs, ours = source.config.vocab_size, client.config.vocab_size
+        if theirs != ours:
+            raise DataError(
+                f"reference {reference} has a vocabulary of {theirs} tokens, and the checkpoint one of {ours}",
+                hint="give the model that the checkpoint was compiled from",
+            )
+        source.check_weights()
+        try:
+            with _no_bars():
+                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                    source.folder, dtype="auto", trust_remote_code=trust_remote_code
+                )
+        except Exception as error:
+            raise CheckpointError(
+                f"reference {reference}: Transformers does not load it: {type(error).__name__}: {error}",
+                hint="give the model that the checkpoint was compiled from",
+            ) from error
     return model.eval()
 
 

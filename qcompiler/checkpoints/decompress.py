@@ -15,7 +15,7 @@ from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.emit.matchers import assignment
 from qcompiler.emit.schema import ParsedConfig, parse_quantization_config
 from qcompiler.emit.sites import Site
-from qcompiler.errors import CheckpointError
+from qcompiler.errors import CheckpointError, ConfigError
 from qcompiler.formats import unpack
 from qcompiler.numerics import dequantize
 from qcompiler.scheme import Scheme
@@ -30,11 +30,14 @@ class CompressedReader(CheckpointReader):
     """
 
     def __init__(self, inner: CheckpointReader, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.config: ParsedConfig = parse_quantization_config(config)
         self._inner = inner
         self._dtype = dtype
         names = sorted({key.removesuffix(mark) for key in inner.tensors for mark in _MARKS if key.endswith(mark)})
-        self.schemes = _resolve(config, self.config, names, inner.folder)
+        try:
+            self.config: ParsedConfig = parse_quantization_config(config)
+            self.schemes = _resolve(config, self.config, names, inner.folder)
+        except ConfigError as error:
+            raise CheckpointError(f"{inner.folder / 'config.json'}: {error.message}", hint=error.hint) from error
         self._parts: dict[str, dict[str, TensorMeta]] = {name: {} for name in names}
         tensors: dict[str, TensorMeta] = {}
         for key, meta in inner.tensors.items():
@@ -52,7 +55,13 @@ class CompressedReader(CheckpointReader):
         name = key.removesuffix(".weight")
         if name not in self._parts or key == name:
             return self._inner.read(key)
-        weight, _ = unpack(self.parts(name), self.schemes[name])
+        try:
+            weight, _ = unpack(self.parts(name), self.schemes[name])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self._inner.folder}: {name} is {error.message}",
+                hint="config.json and weights are of different checkpoints, or damaged: compile the model again",
+            ) from error
         return dequantize(weight, self._dtype)
 
     def parts(self, name: str, *, prefix: str = "") -> dict[str, Tensor]:

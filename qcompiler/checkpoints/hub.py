@@ -28,6 +28,11 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{model}: a folder has no revisions, but {revision!r} was asked for",
+                hint="leave --revision (Python: revision=) out, or give a hub id",
+            )
         return folder
     if folder.exists():
         raise CheckpointError(f"{model}: this is a file", hint="give the folder that holds the model's files")

@@ -58,14 +58,14 @@ class PartialFolder:
         no model folder, if another run is writing it, or if the partial folder was begun with another fingerprint.
         """
         output = output.resolve()
-        _check_apart(output, source.resolve())
+        check_apart(output, source)
         root = output.parent / f".{output.name}.partial"
         with writing_to(output):
             root.mkdir(parents=True, exist_ok=True)
             folder = cls(output, root, _lock(root, output), overwrite)
             try:
                 folder._settle()
-                _check_replaceable(output, overwrite)
+                check_output(output, overwrite=overwrite)
                 folder._begin(json.loads(json.dumps(fingerprint)), resume)
             except BaseException:
                 folder.close()
@@ -75,7 +75,7 @@ class PartialFolder:
     def publish(self) -> None:
         """Exchange the output for `checkpoint/`, and delete all else. `checkpoint/` must be on stable storage."""
         with writing_to(self.output):
-            _check_replaceable(self.output, self._overwrite)  # it may have appeared since
+            check_output(self.output, overwrite=self._overwrite)  # it may have appeared since
             try:
                 if self.output.exists():
                     self.output.rename(self._old)
@@ -164,9 +164,12 @@ def disk_full(output: Path, needed: int | None, free: int) -> CheckpointError:
 
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system of `path`, or of its nearest ancestor that exists."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(path if path.exists() else _nearest_above(path)).free
+
+
+def _nearest_above(path: Path) -> Path:
+    """The nearest ancestor of `path` that exists."""
+    return next(above for above in path.absolute().parents if above.exists())
 
 
 def sync_file(path: Path) -> None:
@@ -181,7 +184,9 @@ def sync_file(path: Path) -> None:
 sync_folder = sync_file  # a folder's fsync makes the names in it durable
 
 
-def _check_apart(output: Path, source: Path) -> None:
+def check_apart(output: Path, source: Path) -> None:
+    """Raise `CheckpointError` where one of the two folders is, or lies in, the other."""
+    output, source = output.resolve(), source.resolve()
     if output == source or output.is_relative_to(source) or source.is_relative_to(output):
         where = "is" if output == source else "lies inside" if output.is_relative_to(source) else "contains"
         raise CheckpointError(
@@ -189,13 +194,25 @@ def _check_apart(output: Path, source: Path) -> None:
         )
 
 
-def _check_replaceable(output: Path, overwrite: bool) -> None:
-    if not output.exists():
-        return
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` where an output may not be written: what stands there may not be replaced, or the folder
+    above lets nothing be made in it. Nothing is written.
+    """
+    with writing_to(output):
+        above = _nearest_above(output)
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+        if not output.exists():
+            return
     if not output.is_dir():
         raise CheckpointError(f"{output}: a file of this name exists", hint="choose another output folder")
     if not overwrite:
-        raise CheckpointError(f"{output}: the output exists", hint="overwrite it explicitly, or choose another folder")
+        raise CheckpointError(
+            f"{output}: the output exists",
+            hint="choose another folder, or pass --overwrite (Python: overwrite=True) to replace it",
+        )
     if any(output.iterdir()) and not (output / "config.json").is_file():
         raise CheckpointError(
             f"{output}: it has no config.json, so it is no model folder and is not overwritten",

@@ -137,7 +137,8 @@ def _find_column(row: Mapping[str, Any], name: str, column: str | None) -> str:
     usual = [key for key in USUAL_COLUMNS if key in row]
     if not usual and len(strings) != 1:
         raise DataError(
-            f"which column of {name} to read is not clear", hint=f"name it (text_column); columns: {columns}"
+            f"which column of {name} to read is not clear",
+            hint=f"name it: --text-column (Python: text_column); columns: {columns}",
         )
     return usual[0] if usual else strings[0]
 

@@ -140,10 +140,13 @@ class _Reading:
     def too_short(self, length: int) -> DataError:
         name = self.encoder.name
         if self.tokens == 0:
-            return DataError(f"{name} has no tokens: its rows are empty ({self.rows})", hint="check the column")
+            return DataError(
+                f"{name} has no tokens: its rows are empty ({self.rows})",
+                hint="check how it was written, or read another column: --text-column (Python: text_column)",
+            )
         return DataError(
             f"{name} has {self.tokens} tokens in {self.rows} rows, fewer than one sequence of {length}",
-            hint="give more data, or a smaller sequence length",
+            hint="give more data, or a smaller --sequence-length (Python: sequence_length)",
         )
 
 

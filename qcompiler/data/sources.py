@@ -233,7 +233,9 @@ def _loaded(name: str, load: Any, hint: str = "check that the file is whole and 
         _refuse(name, error, hint)
 
 
-def _guarded(name: str, rows: Iterable[Any], hint: str = "check that every row is of the same form") -> Iterator[Any]:
+def _guarded(
+    name: str, rows: Iterable[Any], hint: str = "check that the file is whole, and that its rows are of one form"
+) -> Iterator[Any]:
     """The rows, with what `datasets` raises while it streams (of many kinds) turned into a `DataError`."""
     try:
         yield from rows

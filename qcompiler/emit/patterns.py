@@ -6,6 +6,8 @@ strangers, and an expression that backtracks forever must be an error with a nam
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 
 import regex
@@ -14,6 +16,8 @@ from qcompiler.errors import ConfigError
 
 REGEX_PREFIX = "re:"
 TIMEOUT_SECONDS = 1.0
+_MAX_REPEATS = 10_000
+_REPEAT = re.compile(r"\{\d*,?(\d+)\}")
 
 
 class Pattern:
@@ -23,6 +27,12 @@ class Pattern:
 
     def __init__(self, target: str) -> None:
         self.target = target
+        # Compiling writes counted repeats out, nested ones multiplied, and knows no timeout.
+        if math.prod(int(count[:9]) or 1 for count in _REPEAT.findall(target)) > _MAX_REPEATS:
+            raise ConfigError(
+                f"target {target!r} repeats parts of itself more than {_MAX_REPEATS} times",
+                hint="a module's name is short: use *, + or a small count",
+            )
         try:
             self._compiled = regex.compile(target.removeprefix(REGEX_PREFIX))
         except regex.error as error:

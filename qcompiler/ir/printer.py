@@ -13,7 +13,7 @@ from torch import Tensor
 from qcompiler.ir.annotations import Leaf, Observer, Role, Scope, get, get_quant
 from qcompiler.ir.fx import Node, op_name, value
 from qcompiler.ir.graph import Graph
-from qcompiler.ir.ops import OPS
+from qcompiler.ir.ops import OPS, fake_quantize
 
 _HIDDEN = frozenset({"device", "pin_memory", "layout"})  # where a tensor lies says nothing of what is computed
 
@@ -51,13 +51,19 @@ class Printer:
         leaf = get(node, Leaf)
         called = str(leaf.kind) if leaf and node.op == "call_module" else op_name(node)
         shown = {k: v for k, v in node.kwargs.items() if k not in _HIDDEN and v is not None}
-        arguments = [*map(self._argument, node.args), *(f"{k}={self._argument(v)}" for k, v in shown.items())]
+        named = node.target in OPS.values() and self._layer(node) in node.args  # its own name says which layer it is
+        arguments = [
+            *map(self._argument, node.args[:1] if named else node.args),
+            *(f"{k}={self._argument(v)}" for k, v in shown.items()),
+        ]
         notes, because = _notes(node)
         line = f"{self.name(node)} = {_short(called)}({', '.join(arguments)}){self._shape(node)}"
         line += "".join(f"  {note}" for note in notes)
         return line + (f"  ; {because}" if because else "")
 
     def _name(self, node: Node) -> str:
+        if node.target is fake_quantize and (reader := next(iter(node.users), None)) is not None:
+            return f"{self._name(reader)}.input"
         leaf, role, scope = get(node, Leaf), get(node, Role), get(node, Scope)
         if node.op == "get_attr":
             return str(node.target)
@@ -71,6 +77,11 @@ class Printer:
         # The layer's own module is the nearest enclosing call below the list of layers.
         inner = next((path for _, path in scope.calls if re.search(r"\.\d+$", path)), "")
         return f"l{role.layer}.{leaf.path.removeprefix(inner).removeprefix('.')}"
+
+    def _layer(self, node: Node) -> str | None:
+        """The module whose numbers an inserted operation uses: its own, or its reader's."""
+        leaf = get(node, Leaf) or next((get(user, Leaf) for user in node.users), None)
+        return leaf.path if leaf else None
 
     def _argument(self, argument: Any) -> str:
         if isinstance(argument, Node):

@@ -134,14 +134,15 @@ def _alike(key: Callable[[Node, Leaf], Hashable], what: str) -> Callable[[Graph]
     """Linears with one key (None: no matter) must have one scheme."""
 
     def broken(graph: Graph) -> Broken:
-        first: dict[Hashable, tuple[Node, Leaf]] = {}
+        first: dict[Hashable, Node] = {}
         for node, leaf in graph.linears():
             group = key(node, leaf)
             if group is None:
                 continue
-            other, other_leaf = first.setdefault(group, (node, leaf))
+            other = first.setdefault(group, node)
             if _quantized(other) != _quantized(node):
-                yield node, f"{what} {group}: {_said(node)} here, but {_said(other)} at {other_leaf.path}"
+                at = Printer(graph).name(other)
+                yield node, f"{what} {group}: {_said(node)} here, but {_said(other)} at {at}"
 
     return broken
 
@@ -200,20 +201,22 @@ def _short(scheme: Scheme) -> str:
 
 
 def _observer_shared(graph: Graph) -> Broken:
-    """Linears of one input group and one input scheme take their scale from one statistic."""
+    """Linears of one input group and one input scheme, and all calls of one module, have one statistic."""
     first: dict[Hashable, tuple[Observer, Leaf]] = {}
     for node, leaf in graph.linears():
         role, scheme, source = get(node, Role), _quantized(node), tensor_arg(node, 0)
         observer = get(source, Observer) if source is not None else None
         if role is None or role.input_group is None or scheme is None or observer is None:
             continue
-        other, other_leaf = first.setdefault((role.input_group, scheme.input_activations), (observer, leaf))
-        if other.id != observer.id:
-            yield (
-                node,
-                f"it reads the same tensor as {other_leaf.path}, but their scales come from two statistics: "
-                f"{observer.id} and {other.id}",
-            )
+        for key in ((role.input_group, scheme.input_activations), leaf.path):
+            other, other_leaf = first.setdefault(key, (observer, leaf))
+            if other.id != observer.id:
+                shared = "is another call of" if key == leaf.path else "reads the same tensor as"
+                yield (
+                    node,
+                    f"it {shared} {other_leaf.path}, but their scales come from two statistics: "
+                    f"{observer.id} and {other.id}",
+                )
 
 
 def _observer_consistent(graph: Graph) -> Broken:

@@ -66,7 +66,7 @@ def predict(graph: Graph, source: ModelSource, report: Report) -> None:
 def _row(node: Node, leaf: Leaf, source: ModelSource, written: Set[str]) -> LayerRow:
     scheme, quant, role = scheme_of(node), get_quant(node), need(node, Role)
     size = source.dtype.itemsize
-    dense = dense_bytes([path for path in _parameters(leaf, source) if path in written], source)
+    dense = sum(_own_bytes(path, source) for path in _parameters(leaf, source) if path in written)
     packed = _packed_bytes(node, leaf, source) if scheme else 0
     weights = leaf.out_features * leaf.in_features or leaf.parameters
     return LayerRow(
@@ -102,6 +102,14 @@ def _parameters(leaf: Leaf, source: ModelSource) -> list[str]:
     return [f"{leaf.path}.{name}" for name, _ in own]
 
 
+def _own_bytes(path: str, source: ModelSource) -> int:
+    """Bytes of a parameter as it is written; of what is stored together with others, its share."""
+    if source.has_weights:
+        return tensor_bytes(*source.names.spec(path))
+    value = source.model.state_dict()[path]
+    return tensor_bytes(value.dtype, tuple(value.shape))
+
+
 def _packed_bytes(node: Node, leaf: Leaf, source: ModelSource) -> int:
     scheme = scheme_of(node)
     assert scheme is not None
@@ -113,13 +121,12 @@ def _cache_bytes(graph: Graph, source: ModelSource) -> int:
     """Bytes of the KV cache's scales: known once their observers stand in the graph."""
     if graph.kv_cache is None:
         return 0
-    total = 0
+    heads: dict[str, int] = {}  # by statistic: an attention that runs twice has one
     for node in graph.nodes:
         observer = get(node, Observer)
         if observer is not None and observer.purpose != "input":
-            heads = int(value(node).shape[1]) if graph.kv_cache.strategy == "attn_head" else 1
-            total += heads * source.dtype.itemsize
-    return total
+            heads[observer.id] = int(value(node).shape[1]) if graph.kv_cache.strategy == "attn_head" else 1
+    return sum(heads.values()) * source.dtype.itemsize
 
 
 def _persistent_buffers(source: ModelSource) -> list[Tensor]:

@@ -71,7 +71,7 @@ class CheckpointStep:
         dense, packed = self._dense[work.partition.name]
         if not dense and not packed:
             return
-        tensors: dict[str, DiskTensor] = dict(self._context.source.names.dense(dense))
+        tensors: dict[str, DiskTensor] = self._context.source.dense(dense)
         for path in packed:
             solved = work.solved.get(path)
             if solved is None:
@@ -108,10 +108,9 @@ class CheckpointStep:
                 "the plan and the writer disagree, which is a defect of qcompiler"
             )
         report.config_summary = self._config.summary
-        files = {
-            "config.json": _json(self._model_config()),
-            PROVENANCE: _json({**self._context.provenance, "report": report.as_dict()}),
-        }
+        # No timings: equal inputs give equal folders, byte for byte.
+        provenance = {**self._context.provenance, "report": report.as_dict(timings=False)}
+        files = {"config.json": _json(self._model_config()), PROVENANCE: _json(provenance)}
         self._writer.finish(files, companions=self._context.source.folder)
 
     def abort(self) -> None:

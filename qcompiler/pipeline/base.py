@@ -8,7 +8,7 @@ the next is touched, and memory does not grow with depth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -90,7 +90,7 @@ class PartitionWork:
     """
 
     partition: Partition
-    weights: dict[str, Tensor]
+    weights: MutableMapping[str, Tensor]
     statistics: Mapping[str, Statistic]
     solved: dict[str, Solved] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)

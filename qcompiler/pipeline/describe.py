@@ -1,13 +1,18 @@
-"""Passes and pipelines in words, generated from the registry."""
+"""Passes and pipelines in words, generated from the registry. Types and defaults read as one writes them in YAML."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import re
-from typing import Any, get_type_hints
+import math
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import TypeAdapter
 
 from qcompiler.pipeline.base import Pass
+from qcompiler.pipeline.options import REQUIRED, Option, options_of, tables_below
 from qcompiler.pipeline.pipeline import parse_pipeline
 from qcompiler.pipeline.registry import packaged_pipelines, pass_classes
 
@@ -29,19 +34,41 @@ def _describe(cls: type[Pass]) -> str:
     after = f" -> {cls.ensures}" if cls.ensures is not None else ""
     text = inspect.cleandoc(cls.__doc__ or "")
     lines = [f"{cls.name}  ({before}{after})", *(f"  {line}".rstrip() for line in text.splitlines())]
-    hints = get_type_hints(cls)
-    assert dataclasses.is_dataclass(cls)
-    lines += [f"    {f.name}: {_type_name(hints[f.name])}{_default(f)}" for f in dataclasses.fields(cls)]
+    lines += [f"    {line}" for line in _options(cls)]
+    for table in tables_below(cls):
+        lines += [f"    {table.__name__}:", *(f"      {line}" for line in _options(table))]
     return "\n".join(lines) + "\n"
 
 
-def _type_name(hint: Any) -> str:
-    """`Literal['error', 'dense']`, `tuple[Rule, ...]`: no module names."""
-    plain = isinstance(hint, type) and not getattr(hint, "__args__", None)
-    return hint.__name__ if plain else re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", str(hint))
+def _options(table: type) -> list[str]:
+    return [f"{option.name}: {_type_words(option.type)}{_default(option)}" for option in options_of(table)]
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return f" = {field.default!r}"
-    return "" if field.default_factory is dataclasses.MISSING else f" = {field.default_factory()!r}"
+def _type_words(kind: Any) -> str:
+    """A type as what is written in YAML: `error | dense`, `[Rule, ...]`, `int | null`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_words(parts[0])
+    if origin is Literal:
+        return " | ".join(_words(part) for part in parts)
+    if origin in (Union, UnionType):
+        return " | ".join(_type_words(part) for part in parts)
+    if origin is tuple:
+        return f"[{', '.join('...' if part is Ellipsis else _type_words(part) for part in parts)}]"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " | ".join(_words(member.value) for member in kind)
+    return _PLAIN.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+_PLAIN = {NoneType: "null", str: "text"}
+
+
+def _default(option: Option) -> str:
+    if option.default is REQUIRED:
+        return ""
+    return f" = {_words(TypeAdapter(option.type).dump_python(option.default, mode='json', by_alias=True))}"
+
+
+def _words(value: Any) -> str:
+    """Plain data as YAML writes it in one line."""
+    return str(yaml.safe_dump(value, default_flow_style=True, width=math.inf)).removesuffix("...\n").strip()

@@ -8,9 +8,9 @@ from time import perf_counter
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.spec import verify
-from qcompiler.pipeline.base import Context, GraphPass, Pass, StreamingPass
+from qcompiler.pipeline.base import Context, GraphPass, PartitionStep, Pass, StreamingPass
 from qcompiler.pipeline.pipeline import Pipeline
-from qcompiler.pipeline.registry import pass_classes
+from qcompiler.pipeline.registry import pass_class, pass_names
 from qcompiler.report import Timing
 from qcompiler.runtime.executor import sweep
 
@@ -34,8 +34,16 @@ def check_order(pipeline: Pipeline) -> None:
 
 
 def _what_leads_to(item: Pass) -> str:
-    before = [name for name, cls in pass_classes().items() if cls.ensures in item.requires and name != item.name]
+    before = [name for name in pass_names() if name != item.name and _ensures(name) in item.requires]
     return f"put {' or '.join(before)} before it" if before else "move it to where the graph is as it needs it"
+
+
+def _ensures(name: str) -> Stage | None:
+    """What a pass ensures; None too where it does not load: who asks is to be told of something else."""
+    try:
+        return pass_class(name).ensures
+    except ConfigError:
+        return None
 
 
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
@@ -59,8 +67,9 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
             stretch.run(graph, context)
             _done(stretch, graph, context, perf_counter() - start, show)
             continue
-        steps = [item.begin(graph, context) for item in stretch]
+        steps: list[PartitionStep] = []
         try:
+            steps.extend(item.begin(graph, context) for item in stretch)  # what began is aborted if the next does not
             spent = sweep(graph, steps, context)
             for item, step, seconds in zip(stretch, steps, spent.steps, strict=True):
                 start = perf_counter()
@@ -70,7 +79,7 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
             for step in steps:
                 step.abort()
             raise
-        context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts]
+        context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts.items()]
 
 
 def _stretches(items: Sequence[Pass]) -> Iterator[GraphPass | list[StreamingPass]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.pipeline.base import Pass
-from qcompiler.pipeline.registry import NESTED, packaged_pipelines, pass_class
+from qcompiler.pipeline.options import options_at, options_of
+from qcompiler.pipeline.registry import NESTED, check_pass_class, packaged_pipelines, pass_class
 from qcompiler.pipeline.safe_yaml import Place, dump_yaml, load_yaml
 
+_SUFFIXES = (".yaml", ".yml")
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32  # pipelines within pipelines
+_MAX_READ = 100  # pipelines read for one: a file that names another ten times, and so on, would explode
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ def load_pipeline(source: str | Path | Pipeline | Sequence[Pass | Pipeline]) -> 
         return _checked(source)
     if isinstance(source, (str, Path)):
         return _load(str(source), _Reading(Path()))
-    return _checked(Pipeline("python", tuple(source)))
+    return _checked(Pipeline("python", source))  # type: ignore[arg-type]  # any sequence: it is checked
 
 
 def parse_pipeline(text: str, *, where: str = "pipeline") -> Pipeline:
@@ -54,47 +58,67 @@ def parse_pipeline(text: str, *, where: str = "pipeline") -> Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Where relative files are looked for, and which pipelines are being read around this one."""
+    """Where relative files are looked for, which pipelines are being read around this one, and how many were read.
+
+    `within` are those that have a name of their own, by what makes them the same: a file, however its path is spelled.
+    """
 
     folder: Path
-    within: tuple[str, ...] = ()
+    within: Mapping[str, str] = field(default_factory=dict)
+    depth: int = 0
+    read: list[str] = field(default_factory=list)
+
+    def deeper(self, place: Place) -> _Reading:
+        if self.depth == _MAX_DEPTH:
+            raise ConfigError(f"{place}: more than {_MAX_DEPTH} pipelines within one another")
+        return dataclasses.replace(self, depth=self.depth + 1)
+
+    def enter(self, identity: str, where: str) -> _Reading:
+        if identity in self.within:
+            raise ConfigError(f"{where} contains itself: {' -> '.join((*self.within.values(), where))}")
+        self.read.append(where)
+        if len(self.read) > _MAX_READ:
+            raise ConfigError(f"{self.read[0]}: more than {_MAX_READ} pipelines are read for it")
+        return dataclasses.replace(self, within={**self.within, identity: where})
 
 
-def _load(name: str, reading: _Reading) -> Pipeline:
+def _load(name: str, reading: _Reading, place: Place | None = None) -> Pipeline:
+    """The pipeline of this name; `place` is where another one names it."""
     packaged = packaged_pipelines()
     if name in packaged:
         return _parse(packaged[name], f"packaged pipeline {name}", reading)
+    said = f"{place}: " if place is not None else ""
     path = reading.folder / name
     try:
-        if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if not path.is_file() and (path.suffix not in _SUFFIXES or path.exists()):
             raise ConfigError(
-                f"unknown pipeline {name!r}{did_you_mean(name, packaged)}",
+                f"{said}unknown pipeline {name!r}{did_you_mean(name, packaged)}",
                 hint=f"a YAML file, or one of: {', '.join(packaged)}",
             )
         if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes: not a pipeline")
+            raise ConfigError(f"{said}{path} is larger than {_MAX_BYTES} bytes: not a pipeline")
         text = path.read_text(encoding="utf-8")
+        identity = str(path.resolve())
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name that a file can have
-        raise ConfigError(f"pipeline {name!r} cannot be read: {error}") from error
-    return _parse(text, str(path), dataclasses.replace(reading, folder=path.parent))
+        raise ConfigError(f"{said}pipeline {name!r} cannot be read: {error}") from error
+    return _parse(text, str(path), dataclasses.replace(reading, folder=path.parent), identity)
 
 
-def _parse(text: str, where: str, reading: _Reading) -> Pipeline:
-    if where in reading.within:
-        raise ConfigError(f"{where} contains itself: {' -> '.join((*reading.within, where))}")
+def _parse(text: str, where: str, reading: _Reading, identity: str | None = None) -> Pipeline:
+    inside = reading.enter(identity or where, where)
     data, place = load_yaml(text, where=where)
-    return _pipeline(data, place, dataclasses.replace(reading, within=(*reading.within, where)))
+    return _pipeline(data, place, inside)
 
 
 def _pipeline(data: Any, place: Place, reading: _Reading) -> Pipeline:
-    if not isinstance(data, dict) or not isinstance(data.get("passes"), list):
-        raise ConfigError(f"{place}: a pipeline is a mapping with `name` and a list of `passes`")
     known = ("name", "description", "passes")
-    for key, value in data.items():
+    for key, value in data.items() if isinstance(data, dict) else ():
         if key not in known:
             raise ConfigError(f"{place.at(key)}: unknown key{did_you_mean(key, known)}")
         if key != "passes" and not isinstance(value, str):
             raise ConfigError(f"{place.at(key)}: expected text, not {value!r}")
+    if not isinstance(data, dict) or not isinstance(data.get("passes"), list):
+        raise ConfigError(f"{place}: a pipeline is a mapping with `name` and a list of `passes`")
     items = tuple(_item(item, place.at("passes", index), reading) for index, item in enumerate(data["passes"]))
     return Pipeline(data.get("name", "pipeline"), items, data.get("description", ""))
 
@@ -107,7 +131,8 @@ def _item(data: Any, place: Place, reading: _Reading) -> Pass | Pipeline:
     ((name, options),) = data.items()
     inner = place.at(name)
     if name == NESTED:
-        return _load(options, reading) if isinstance(options, str) else _pipeline(options, inner, reading)
+        deeper = reading.deeper(inner)
+        return _load(options, deeper, inner) if isinstance(options, str) else _pipeline(options, inner, deeper)
     try:
         cls = pass_class(name)
     except ConfigError as error:
@@ -123,43 +148,55 @@ def build_pass(cls: type[Pass], options: dict[str, Any], *, place: Place) -> Pas
     try:
         return adapter.validate_python(options)
     except ValidationError as error:
-        raise ConfigError(_say(error, adapter, place)) from error
+        raise ConfigError(_say(error, cls, place)) from error
 
 
-def _say(error: ValidationError, adapter: TypeAdapter[Any], place: Place) -> str:
+def _say(error: ValidationError, cls: type[Pass], place: Place) -> str:
     lines = []
     for item in error.errors():
         where = place.at(*item["loc"])
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            word = str(item["loc"][-1])
-            lines.append(f"{where}: unknown option{did_you_mean(word, _field_names(adapter))}")
+            *table, word = item["loc"]
+            lines.append(f"{where}: unknown option{did_you_mean(str(word), options_at(cls, table))}")
         elif item["type"] in ("missing", "missing_argument"):
             lines.append(f"{where}: this option is missing")
         else:
             # Pydantic's place goes on into the members of a union, which no one wrote.
             shown = where.known() if where.root is not None else where
-            lines.append(f"{shown}: {item['msg'].removeprefix('Value error, ')}")
+            words = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+            lines.append(f"{shown}: {words}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _field_names(adapter: TypeAdapter[Any]) -> set[str]:
-    schema = adapter.json_schema()
-    tables = [schema, *schema.get("$defs", {}).values()]
-    return {name for table in tables for name in table.get("properties", {})}
+_EXPECTED = {
+    "dataclass_type": "expected a mapping",
+    "model_type": "expected a mapping",
+    "string_type": "expected text",
+    "tuple_type": "expected a list",
+}
+"""Pydantic's words are Python's, and pipelines are written in YAML."""
 
 
-def _checked(pipeline: Pipeline) -> Pipeline:
+def _checked(pipeline: Pipeline, depth: int = 0) -> Pipeline:
     """The pipeline with the options of every pass validated: a list where a tuple belongs becomes one."""
+    here = Place(f"pipeline {pipeline.name}")
+    if not isinstance(pipeline.name, str) or not isinstance(pipeline.description, str):
+        raise ConfigError(f"{here}: its name and its description are text")
+    if not isinstance(pipeline.passes, Sequence):
+        raise ConfigError(f"{here}: expected a sequence of passes and pipelines, not {pipeline.passes!r}")
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"{here}: more than {_MAX_DEPTH} pipelines within one another")
     items: list[Pass | Pipeline] = []
     for index, item in enumerate(pipeline.passes):
         if isinstance(item, Pipeline):
-            items.append(_checked(item))
+            items.append(_checked(item, depth + 1))
             continue
-        place = Place(f"pipeline {pipeline.name}").at("passes", index)
+        place = here.at("passes", index)
         if not isinstance(item, Pass):
             hint = f"write {item.__name__}()" if isinstance(item, type) else None
             raise ConfigError(f"{place}: expected a pass or a Pipeline, not {item!r}", hint=hint)
-        options = {f.name: getattr(item, f.name) for f in dataclasses.fields(_as_dataclass(item)) if f.init}
+        check_pass_class(type(item), f"{place}: {type(item).__name__}")
+        options = {option.name: getattr(item, option.name) for option in options_of(type(item))}
         items.append(build_pass(type(item), options, place=place.at(item.name)))
     return dataclasses.replace(pipeline, passes=tuple(items))
 
@@ -186,17 +223,5 @@ def pass_options(item: Pass) -> dict[str, Any]:
     adapter = TypeAdapter(type(item))
     brief = adapter.dump_python(item, mode="json", by_alias=True, exclude_defaults=True)
     whole = adapter.dump_python(item, mode="json", by_alias=True)
-    chosen = [f.name for f in dataclasses.fields(_as_dataclass(item)) if getattr(item, f.name) != _default(f)]
+    chosen = [option.name for option in options_of(type(item)) if getattr(item, option.name) != option.default]
     return {name: brief.get(name) or whole[name] for name in chosen}  # `{}` says less than the defaults it stands for
-
-
-def _as_dataclass(item: Pass) -> Any:
-    """A pass as what the registry has checked it to be; the type system cannot say "subclasses are dataclasses"."""
-    assert dataclasses.is_dataclass(item), f"{type(item).__name__} is a pass, and no dataclass"
-    return item
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default

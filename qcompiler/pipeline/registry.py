@@ -8,6 +8,8 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from pydantic import PydanticUserError, TypeAdapter
+
 from qcompiler.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -50,8 +52,6 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def _load(point: EntryPoint) -> type[Pass]:
-    from qcompiler.pipeline.base import GraphPass, StreamingPass
-
     who = f"pass {point.name!r} ({point.value})"
     try:
         cls = point.load()
@@ -60,18 +60,40 @@ def _load(point: EntryPoint) -> type[Pass]:
             f"{who} does not load: {type(error).__name__}: {error}",
             hint="repair or uninstall the package that provides it",
         ) from error
+    found = check_pass_class(cls, who)
+    if found.name != point.name:
+        raise ConfigError(f"{who}: its `name` is {found.name!r}, and must be the entry point's")
+    return found
+
+
+def check_pass_class(cls: object, who: str) -> type[Pass]:
+    """`cls`, if it is a pass that can be used: every pass comes through here. Raises `ConfigError` about `who`."""
+    from qcompiler.ir.graph import Stage
+    from qcompiler.pipeline.base import GraphPass, StreamingPass
+
     if not (isinstance(cls, type) and issubclass(cls, (GraphPass, StreamingPass))):
         raise ConfigError(f"{who} is not a subclass of GraphPass or StreamingPass")
     if inspect.isabstract(cls):
         raise ConfigError(f"{who} does not implement {', '.join(sorted(cls.__abstractmethods__))}")
-    params = getattr(cls, "__dataclass_params__", None)
+    params = vars(cls).get("__dataclass_params__")  # its own: fields of a subclass without the decorator are lost
     if not dataclasses.is_dataclass(cls) or params is None or not params.frozen:
         raise ConfigError(f"{who} is not a frozen dataclass", hint="decorate it: @dataclass(frozen=True, kw_only=True)")
-    if getattr(cls, "name", None) != point.name or point.name == NESTED:
-        named = getattr(cls, "name", None)
-        raise ConfigError(f"{who}: its `name` is {named!r}, which must be the entry point's, and not {NESTED!r}")
-    if not hasattr(cls, "requires"):
-        raise ConfigError(f"{who} does not say which stages it `requires`")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or name == NESTED:
+        raise ConfigError(f"{who}: its `name` is {name!r}: it must be a word, and not {NESTED!r}")
+    requires, ensures = getattr(cls, "requires", None), cls.ensures
+    if not isinstance(requires, frozenset) or not requires or not all(isinstance(stage, Stage) for stage in requires):
+        raise ConfigError(f"{who} does not say which stages it `requires`", hint="e.g. frozenset({Stage.ANNOTATED})")
+    if ensures is not None and not isinstance(ensures, Stage):
+        raise ConfigError(f"{who}: what it `ensures` is a Stage or None, not {ensures!r}")
+    try:
+        TypeAdapter(cls).rebuild(raise_errors=True)
+    except (PydanticUserError, NameError) as error:
+        first = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{who}: the types of its options cannot be checked: {first}",
+            hint="give options plain types, imported at run time and not only under TYPE_CHECKING",
+        ) from error
     return cls
 
 

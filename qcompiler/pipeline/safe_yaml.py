@@ -65,7 +65,8 @@ class Place:
         node, shown, steps = self.root, self.root, 0
         for part in self.path:
             if isinstance(node, yaml.MappingNode):
-                found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+                # The last one counts: what `<<` merges stands before what it is merged into.
+                found = next(((k, v) for k, v in reversed(node.value) if k.value == str(part)), None)
                 if found is None:
                     break
                 shown, node = found

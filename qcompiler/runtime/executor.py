@@ -8,11 +8,12 @@ partition plus the activations that cross its border, whatever the depth of the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,51 +29,74 @@ from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solve
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.runtime.stream import Stream, always, tensor_paths
+from qcompiler.runtime.weights import LazyWeights
+from qcompiler.source import ModelSource
 
 
 @dataclass(slots=True)
 class Spent:
-    """Seconds per step, and per part of the executor's own work."""
+    """Seconds per step, and per part of the executor's own work. Reading weights counts as `load`, whoever asked."""
 
     steps: list[float]
-    parts: list[tuple[str, float]] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spent:
-    """Run `steps` over every partition in order. Calibration data is asked for only where something is observed."""
+    """Run `steps` over every partition in order. Raises `DataError` where observers stand and there is no data."""
     parts = partitions(graph)
     last = max((i for i, part in enumerate(parts) if _observers(part)), default=-1)
     stream = Stream(graph, parts[: last + 1], _batches(context), context.device) if last >= 0 else None
-    clock: dict[str, float] = defaultdict(float)
-    spent = [0.0] * len(steps)
+    spent = Spent([0.0] * len(steps))
     for index, part in enumerate(parts):
         context.progress(part.name, index, len(parts))
-        start = perf_counter()
-        weights = load_weights(graph, part, context)
-        clock["load"] += perf_counter() - start
-        work = PartitionWork(part, weights, statistics={})
-        if stream is not None and index <= last:
-            start = perf_counter()
-            work.statistics = _collect(part, stream, weights, final=index == last)
-            clock["forward: collect"] += perf_counter() - start
-        for number, step in enumerate(steps):
-            start = perf_counter()
-            step.partition(work)
-            spent[number] += perf_counter() - start
-        if stream is not None and index < last:
-            start = perf_counter()
-            _propagate(part, stream, work)
-            clock["forward: propagate"] += perf_counter() - start
+        # In a function of its own, so that one partition's weights are gone before the next one's are read.
+        _run_partition(graph, part, steps, context, stream if index <= last else None, index == last, spent)
     context.progress("done", len(parts), len(parts))
-    return Spent(spent, list(clock.items()))
+    return spent
 
 
-def load_weights(graph: Graph, part: Partition, context: Context) -> dict[str, Tensor]:
-    """Every parameter, buffer and constant that a partition uses, by path, on the device."""
-    paths = tensor_paths(graph, part)
-    own = graph.buffers | graph.constants
-    loaded = context.source.load([path for path in paths if path not in own])
-    return {path: (own[path] if path in own else loaded[path]).to(context.device) for path in paths}
+def _run_partition(
+    graph: Graph,
+    part: Partition,
+    steps: Sequence[PartitionStep],
+    context: Context,
+    stream: Stream | None,
+    final: bool,
+    spent: Spent,
+) -> None:
+    """Collect, let every step do its part, propagate. `stream` is None where nothing is observed from here on."""
+    weights = lazy_weights(graph, part, context.source, context.device)
+    work = PartitionWork(part, weights, statistics={})
+    clock = _Clock(weights)
+    if stream is not None:
+        work.statistics = _collect(part, stream, weights, final=final)
+        spent.parts["forward: collect"] += clock.lap()
+    for number, step in enumerate(steps):
+        step.partition(work)
+        spent.steps[number] += clock.lap()
+    if stream is not None and not final:
+        _propagate(part, stream, work)
+        spent.parts["forward: propagate"] += clock.lap()
+    spent.parts["load"] += weights.seconds
+
+
+class _Clock:
+    """Laps without the time that was spent on reading weights."""
+
+    def __init__(self, weights: LazyWeights) -> None:
+        self._weights = weights
+        self._start, self._read = perf_counter(), weights.seconds
+
+    def lap(self) -> float:
+        now, read = perf_counter(), self._weights.seconds
+        lap = now - self._start - (read - self._read)
+        self._start, self._read = now, read
+        return lap
+
+
+def lazy_weights(graph: Graph, part: Partition, source: ModelSource, device: torch.device) -> LazyWeights:
+    """Every parameter, buffer and constant that a partition uses, by path, on the device, read when asked for."""
+    return LazyWeights(tensor_paths(graph, part), source.load, own=graph.buffers | graph.constants, device=device)
 
 
 def _observers(part: Partition) -> list[Node]:
@@ -88,7 +112,7 @@ def _batches(context: Context) -> tuple[TokenBatch, ...]:
     return context.data.batches
 
 
-def _collect(part: Partition, stream: Stream, weights: dict[str, Tensor], *, final: bool) -> dict[str, Statistic]:
+def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor], *, final: bool) -> dict[str, Statistic]:
     """Run the batches through the dense partition and return what its observers saw."""
     watched = _observers(part)
     statistics = {(o := need(node, Observer)).id: Statistic(o) for node in watched}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig
 
 from qcompiler.capture import capture_graph
 from qcompiler.checkpoints.decompress import CompressedReader
@@ -27,9 +26,10 @@ from qcompiler.ir.partition import partitions
 from qcompiler.lowering.rewrite import lower_graph
 from qcompiler.numerics import fake_quantize as round_activations
 from qcompiler.runtime.evaluate import Handler
-from qcompiler.runtime.stream import Stream, always, tensor_paths
+from qcompiler.runtime.executor import lazy_weights
+from qcompiler.runtime.stream import Stream, always
 from qcompiler.scheme import Strategy
-from qcompiler.source import ModelSource, build_on_meta
+from qcompiler.source import ModelSource, build_on_meta, read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +55,35 @@ def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> Lowered:
 
     Raises `CheckpointError` where the folder is no such checkpoint.
     """
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     quantization = _quantization_config(folder / "config.json")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     del config.quantization_config
     dtype = config.dtype or torch.float32
     model = build_on_meta(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    reader = CompressedReader(CheckpointReader.open(folder), quantization, dtype)
-    source = ModelSource(folder, config, model, trust_remote_code, lambda _: reader)
-    graph = capture_graph(model)
-    lowered = Lowered(graph, source, reader)
+    files = CheckpointReader.open(folder)
+    try:
+        reader = CompressedReader(files, quantization, dtype)
+        source = ModelSource(folder, config, model, trust_remote_code, lambda _: reader)
+        return Lowered(_lowered_graph(source, reader), source, reader)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _lowered_graph(source: ModelSource, reader: CompressedReader) -> Graph:
+    graph = capture_graph(source.model)
     for node, leaf in graph.linears():
         scheme = reader.schemes.get(_disk_name(source, leaf.path))
         if scheme is not None:
-            set_quant(node, Quant(scheme, "stored", (f"{folder.name}: config.json",)))
+            set_quant(node, Quant(scheme, "stored", (f"{source.folder.name}: config.json",)))
     graph.kv_cache = reader.config.kv_cache
     lower_graph(graph)
     graph.stage = Stage.LOWERED
-    return lowered
+    return graph
 
 
 def _quantization_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing", hint="give the folder of a compiled checkpoint")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}", hint="compile the model again") from error
-    quantization = raw.get("quantization_config") if isinstance(raw, dict) else None
+    quantization = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
     if not isinstance(quantization, dict):
         raise CheckpointError(
             f"{file} has no quantization_config: this checkpoint is not quantized", hint="compile it first"
@@ -99,11 +101,8 @@ def logits(lowered: Lowered, batches: Sequence[TokenBatch], device: torch.device
     graph, source = lowered.graph, lowered.source
     parts = partitions(graph)
     stream = Stream(graph, parts, batches, device)
-    own = graph.buffers | graph.constants
     for part in parts:
-        paths = tensor_paths(graph, part)
-        loaded = source.load([path for path in paths if path not in own])
-        weights = {path: (own[path] if path in own else loaded[path]).to(device) for path in paths}
+        weights = lazy_weights(graph, part, source, device)
         handlers: dict[Any, Handler] = {
             quantized_linear: partial(_multiply, weights),
             fake_quantize: partial(_round, lowered),
@@ -112,7 +111,7 @@ def logits(lowered: Lowered, batches: Sequence[TokenBatch], device: torch.device
     return stream.outputs()
 
 
-def _multiply(weights: dict[str, Tensor], node: Node, args: tuple[Any, ...]) -> Tensor:
+def _multiply(weights: Mapping[str, Tensor], node: Node, args: tuple[Any, ...]) -> Tensor:
     x, path = args
     return functional.linear(x, weights[f"{path}.weight"], weights.get(f"{path}.bias"))
 

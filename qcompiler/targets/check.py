@@ -72,14 +72,15 @@ def _check_site(target: Target, site: Site, scheme: Scheme | None) -> Iterator[V
     if structure in target.dense:
         yield _violation(target, site, f"dense-{structure}", target.dense[structure], "leave it dense")
         return
-    size = scheme.weights.group_size
-    if size is not None and site.in_features % size:
+    grouped = scheme.undivided(site.in_features)
+    if grouped is not None:
+        instead = "strategy channel" if grouped is scheme.weights else "activations per token"
         yield _violation(
             target,
             site,
             "group-divides",
-            f"its {site.in_features} inputs do not divide into groups of {size}",
-            f"use a group_size that divides {site.in_features}, or strategy channel",
+            f"its {site.in_features} inputs do not divide into groups of {grouped.group_size}",
+            f"use a group_size that divides {site.in_features}, or {instead}",
         )
     row_id, row, problem = _row_for(target, scheme, structure)
     if problem is not None:
@@ -295,4 +296,4 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _violation(target: Target, site: Site, rule: str, wrong: str, mend: str) -> Violation:
-    return Violation(site.name, rule, f"{site.name} ({_short(site)}) on {target.label}: {wrong} [{rule}]", mend)
+    return Violation(site.name, rule, f"{site.name} ({_short(site)}) on {target.label}: {wrong}", mend)
