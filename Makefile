@@ -51,7 +51,7 @@ types: $(DEVELOPMENT)
 
 # One thread of arithmetic per process: the tests' tensors are small, and processes share the cores.
 tests: $(DEVELOPMENT)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 serve-check: $(RUNTIME) $(SERVED:%=$(OUT)/serve/%/qcompiler.json)
 	$(BIN)/python tools/serve/check.py $(SERVED:%=$(OUT)/serve/%)

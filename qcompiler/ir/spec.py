@@ -62,7 +62,7 @@ def _reads_earlier(graph: Graph) -> Broken:
     for node in graph.nodes:
         late = next((source for source in node.all_input_nodes if source not in before), None)
         if late is not None:
-            yield node, f"it reads %{late.name}, which does not stand before it"
+            yield node, f"it reads {Printer(graph).name(late)}, which does not stand before it"
         before.add(node)
 
 
@@ -265,11 +265,16 @@ def _names_layer(node: Node) -> str | None:
         return "it does not name the layer whose numbers it uses"
     if node.target is fake_quantize:
         strange = next((user for user in node.users if user.args[1:] != node.args[1:]), None)
-        return f"it rounds the input of {node.args[1]}, but %{strange.name} reads it" if strange else None
+        return f"it rounds the input of {node.args[1]}, but {_called(strange)} reads it" if strange else None
     leaf = get(node, Leaf)
     if leaf is None or leaf.path != node.args[1] or not _quantized(node):
         return f"it uses the numbers of {node.args[1]}, but its annotations do not give that layer a scheme"
     return None
+
+
+def _called(node: Node) -> str:
+    leaf = get(node, Leaf)
+    return leaf.path if leaf is not None else f"%{node.name}"
 
 
 def _input_rounded(node: Node) -> str | None:
