@@ -17,6 +17,7 @@ from qcompiler.ir.ops import observe
 from qcompiler.numerics import nvfp4_global_scale, quantize_weight, weight_amax, weight_error
 from qcompiler.pipeline import Context, PartitionStep, PartitionWork, StreamingPass
 from qcompiler.pipeline.base import Solved
+from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.scheme import KVCacheSpec
 
@@ -46,12 +47,20 @@ class _Solve(PartitionStep):
         todo = [(node, quant) for node in work.partition.nodes if (quant := self._todo(node)) is not None]
         globals_ = _global_scales(todo, work.weights)
         measured = _measured(work.partition, work.statistics)
-        for node, quant in todo:
-            leaf = need(node, Leaf)
-            weight = work.weights[f"{leaf.path}.weight"]
-            solved = self._solve(leaf.path, weight, quant, globals_.get(node), measured.get(leaf.path))
-            work.solved[leaf.path] = solved
-            self._context.report.row(leaf.path).error = weight_error(weight, solved.weight).relative
+
+        def solve(item: tuple[Node, Quant]) -> tuple[str, Solved, float]:
+            node, quant = item
+            path = need(node, Leaf).path
+            weight = work.weights[f"{path}.weight"]
+            solved = self._solve(path, weight, quant, globals_.get(node), measured.get(path))
+            return path, solved, weight_error(weight, solved.weight).relative
+
+        def size(item: tuple[Node, Quant]) -> int:
+            return need(item[0], Leaf).parameters
+
+        for path, solved, error in in_parallel(solve, todo, device=self._context.device, size=size):
+            work.solved[path] = solved
+            self._context.report.row(path).error = error
         if self._graph.kv_cache is not None:
             self._solve_cache(work, self._graph.kv_cache)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from qcompiler.emit.config import build_quantization_config
+from qcompiler.emit.config import LOADERS, EmittedConfig, build_quantization_config
 from qcompiler.emit.sites import Site
 from qcompiler.errors import LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
@@ -60,7 +61,7 @@ class Legalize(GraphPass):
         self._say_of_transformers(graph, everything, target, context)
 
     def _prove(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
-        """Build the config for every loader, or, where they cannot agree, for the target's own: that is said."""
+        """Build the config for every loader, or for those that agree with the target's own: who does not is said."""
         build = partial(
             build_quantization_config,
             everything,
@@ -69,17 +70,25 @@ class Legalize(GraphPass):
             compressed_tensors_version=LIBRARY_VERSION,
         )
         try:
-            try:
-                emitted = build()
-            except VerificationError as error:
-                emitted = build(loaders=(target.loader,))
-                context.report.fallback(
-                    f"the config is written for {target.loader} alone; other loaders read it otherwise: {error.message}"
-                )
-        except VerificationError as error:
-            raise LegalityError(error.message, hint=error.hint) from error
+            emitted = build()
+        except VerificationError:
+            emitted = self._prove_for_some(build, target.loader, context)
         graph.loaders = emitted.loaders
         context.report.config_summary = emitted.summary
+
+    def _prove_for_some(self, build: Callable[..., EmittedConfig], own: str, context: Context) -> EmittedConfig:
+        try:
+            emitted = build(loaders=(own,))
+        except VerificationError as error:
+            raise LegalityError(error.message, hint=error.hint) from error
+        for other in LOADERS:
+            if other == own:
+                continue
+            try:
+                emitted = build(loaders=(*emitted.loaders, other))
+            except VerificationError as error:
+                context.report.fallback(f"the config is not one for {other}: {error.message}")
+        return emitted
 
     def _say_of_transformers(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
         """Transformers is what a checkpoint is verified with, so who compiles for another runtime wants to know."""

@@ -211,7 +211,7 @@ def plan(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        show=_printer(print_after, pipeline),
+        show=_printer(print_after, pipeline, planning=True),
     )
     if json:
         _print_json(planned.report.as_dict())
@@ -309,14 +309,14 @@ def _print_report(report: Report) -> None:
     print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
-def _printer(names: list[str] | None, pipeline: str) -> Callable[[str, Graph], None] | None:
+def _printer(names: list[str] | None, pipeline: str, *, planning: bool = False) -> Callable[[str, Graph], None] | None:
     if not names:
         return None
     from qcompiler.ir.printer import print_graph
     from qcompiler.pipeline import load_pipeline
     from qcompiler.pipeline.manager import check_print_after
 
-    check_print_after(names, load_pipeline(pipeline))
+    check_print_after(names, load_pipeline(pipeline), planning=planning)
     return lambda name, graph: print(f"after {name}:\n{print_graph(graph)}") if name in names else None
 
 

@@ -32,6 +32,7 @@ ModelLike: TypeAlias = str | Path | PreTrainedModel
 PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
 CalibrationLike = str | Path | CalibrationSpec | Iterable[Any]
 Progress = Callable[[str, int, int], None]
+_Sampled: TypeAlias = tuple[CalibrationSpec, Iterable[Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ def compile(
     destination = Destination(Path(output), overwrite)
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
+    sampled = _sampled(calibration, sampling)
     chosen = load_pipeline(pipeline)
     if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
@@ -134,7 +136,7 @@ def compile(
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
         context.provenance |= context.source.identity()
-        _load_data(calibration, sampling, graph, context)
+        _load_data(sampled, graph, context)
         run_streaming_passes(graph, chosen, context, show=show)
     return Result(graph, planned, context.report, destination.folder)
 
@@ -184,20 +186,18 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
     return context, graph
 
 
-def _load_data(
-    calibration: CalibrationLike | None, sampling: CalibrationSpec | None, graph: Graph, context: Context
-) -> None:
+def _load_data(sampled: _Sampled | None, graph: Graph, context: Context) -> None:
     """Load calibration data where something in the graph measures it, before anything is written or computed."""
     if not any(node.target is observe for node in graph.nodes):
-        if calibration is not None:
+        if sampled is not None:
             context.report.info("the calibration data was not read: nothing in this pipeline measures activations")
         return
-    if calibration is None:
+    if sampled is None:
         raise DataError(
             "this pipeline measures activations, and no calibration data was given",
             hint="pass --dataset (Python: calibration=), or use schemes whose activations are dynamic",
         )
-    spec, rows = _sampled(calibration, sampling or CalibrationSpec())
+    spec, rows = sampled
     context.data = _tokens(spec, rows, graph, context.source)
     for note in context.data.notes:
         context.report.info(f"calibration: {note}")
@@ -209,18 +209,26 @@ def _load_data(
     }
 
 
-def _sampled(calibration: CalibrationLike, sampling: CalibrationSpec) -> tuple[CalibrationSpec, Iterable[Any] | None]:
-    """What to read, and the rows to read it from where there are some."""
+def _sampled(calibration: CalibrationLike | None, sampling: CalibrationSpec | None) -> _Sampled | None:
+    """What to calibrate with, and the rows to take it from where they were handed over; None where nothing is given."""
     if isinstance(calibration, CalibrationSpec):
+        if sampling is not None:
+            raise ConfigError(
+                "calibration= is a whole CalibrationSpec, and sampling= is another",
+                hint="say in one of them how to sample",
+            )
         return calibration, None
-    if sampling.dataset is not None:
+    if sampling is not None and sampling.dataset is not None:
         raise ConfigError(
-            f"two calibration datasets: {sampling.dataset} in sampling=, and calibration= besides",
+            f"sampling= says how to sample what calibration= gives, but it names a dataset: {sampling.dataset}",
             hint="give the whole CalibrationSpec as calibration=",
         )
+    if calibration is None:
+        return None
+    spec = sampling or CalibrationSpec()
     if isinstance(calibration, (str, Path)):
-        return sampling.model_copy(update={"dataset": calibration}), None
-    return sampling, calibration
+        return spec.model_copy(update={"dataset": calibration}), None
+    return spec, calibration
 
 
 def _tokens(spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, source: ModelSource) -> TokenData:

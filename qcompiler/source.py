@@ -15,7 +15,7 @@ from typing import Any, Self, TypeAlias
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qcompiler.checkpoints.companions import copy_companions
@@ -303,9 +303,21 @@ def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = 
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:
+        wrong = "the code that the model brings" if getattr(config, "auto_map", None) else "config.json"
         raise CaptureError(
             f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {error}",
-            hint="correct config.json: Transformers itself does not build it",
+            hint=f"correct {wrong}: Transformers itself does not build it",
         ) from error
+    _all_on_meta(model)
     model.eval()
     return model
+
+
+def _all_on_meta(model: PreTrainedModel) -> None:
+    """Move what a class insists on making elsewhere (`torch.FloatTensor(...)` knows no default device)."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                meta = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                module._parameters[name] = moved.setdefault(id(parameter), meta)

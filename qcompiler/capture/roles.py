@@ -38,10 +38,12 @@ class _Findings:
             self.structure.setdefault(node, (structure, because))
 
     def fuse(self, what: str, nodes: Iterable[Node]) -> None:
-        """Those of `nodes` that read the same tensor are fused by runtimes."""
+        """Those of `nodes` that read the same tensor are fused by runtimes; what two layers share, in the first."""
         by_source: dict[Node, dict[Node, None]] = defaultdict(dict)
+        fused = {node for _, members in self.fused for node in members}
         for node in nodes:
-            by_source[source(node)][node] = None
+            if node not in fused:
+                by_source[source(node)][node] = None
         self.fused += [(what, tuple(members)) for members in by_source.values() if len(members) > 1]
 
 

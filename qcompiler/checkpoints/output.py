@@ -206,6 +206,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
         if not output.exists():
             return
+    if output.is_mount():
+        raise CheckpointError(
+            f"{output}: this is a mount point, which cannot be exchanged for a new folder",
+            hint="choose a folder inside it",
+        )
     if not output.is_dir():
         raise CheckpointError(f"{output}: a file of this name exists", hint="choose another output folder")
     if not overwrite:

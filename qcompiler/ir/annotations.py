@@ -128,8 +128,9 @@ def annotate(node: Node, annotation: Annotation, *, replacing: Annotation | None
     kind = type(annotation)
     present = get(node, kind)
     if present != replacing:
+        found = f"has no {kind.__name__} annotation" if present is None else f"is already annotated with {present}"
         raise VerificationError(
-            f"node %{node.name} is already annotated with {present}; it would silently become {annotation}",
+            f"node %{node.name} {found}; it would silently become {annotation}",
             hint="read the annotation first and pass it as replacing=",
         )
     node.meta[_KEY] = {**node.meta.get(_KEY, {}), kind: annotation}

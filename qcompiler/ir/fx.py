@@ -27,6 +27,14 @@ def op_name(node: Node) -> str:
     return f"operator.{name}" if module in ("_operator", "operator") else name
 
 
+def is_operator(node: Node) -> bool:
+    """Whether a node calls what a trace records: an operator of torch, or arithmetic on sizes."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return True
+    module, name = (getattr(node.target, key, None) or "" for key in ("__module__", "__name__"))
+    return module in ("_operator", "math") or (module == "torch" and name.startswith("sym_"))
+
+
 def is_op(node: Node, *names: str) -> bool:
     """Whether a node calls one of these functions, named without their overload."""
     return node.op == "call_function" and op_name(node) in names

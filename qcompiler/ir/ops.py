@@ -2,7 +2,7 @@
 
 They are plain functions: a `call_function` node whose target is one of them. `observe` computes as it stands; the
 quantized operations read their numbers (codes, scales) from the layer that the node names, so a graph is evaluated by
-`qcompiler.runtime.GraphRunner`, which looks them up. `OPS` is the whole vocabulary; the verifier refuses anything else.
+`qcompiler.runtime.lowered`, which looks them up. `OPS` is the whole vocabulary; the verifier refuses anything else.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def observe(x: Tensor) -> Tensor:
 
 def fake_quantize(x: Tensor, layer: str) -> Tensor:
     """Round `x` to the grid of `layer`'s input activations and back: same shape and dtype."""
-    raise VerificationError(f"fake_quantize of {layer} needs calibrated scales: evaluate the graph with GraphRunner")
+    raise VerificationError(f"fake_quantize of {layer} needs its scales: evaluate the graph with runtime.lowered")
 
 
 def quantized_linear(x: Tensor, layer: str) -> Tensor:
     """`x @ dequantize(codes of layer).T + bias`: [..., in_features] to [..., out_features], in the dtype of `x`."""
-    raise VerificationError(f"quantized_linear {layer} needs packed weights: evaluate the graph with GraphRunner")
+    raise VerificationError(f"quantized_linear {layer} needs its codes: evaluate the graph with runtime.lowered")
 
 
 OPS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qcompiler.errors import VerificationError
 from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, Scope, get, get_quant
-from qcompiler.ir.fx import Node, is_tensor, tensor_arg
+from qcompiler.ir.fx import Node, is_operator, is_tensor, op_name, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import OPS, fake_quantize, observe, quantized_linear
 from qcompiler.ir.printer import Printer
@@ -54,6 +54,8 @@ def _quantized(node: Node) -> Scheme | None:
 def _known_operation(node: Node) -> str | None:
     if node.op not in ("placeholder", "get_attr", "call_module", "call_function", "output"):
         return f"a node of kind {node.op} has no meaning in a captured graph"
+    if node.op == "call_function" and not is_operator(node) and node.target not in OPS.values():
+        return f"it calls {op_name(node)}, which is neither an operator of torch nor one of {', '.join(OPS)}"
     return None
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
+
 from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
 from qcompiler.emit.config import LOADERS, build_quantization_config
 from qcompiler.errors import VerificationError
@@ -17,6 +19,7 @@ from qcompiler.ir.partition import partitions
 from qcompiler.lowering.predict import quantized_paths, written_paths
 from qcompiler.lowering.sites import disk_sites, scheme_of, sites
 from qcompiler.pipeline.base import Context, Destination, PartitionWork
+from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.stream import tensor_paths
 
 LIBRARY_VERSION = version("compressed-tensors")
@@ -72,24 +75,28 @@ class CheckpointStep:
         if not dense and not packed:
             return
         tensors: dict[str, DiskTensor] = self._context.source.dense(dense)
-        for path in packed:
-            solved = work.solved.get(path)
-            if solved is None:
-                raise VerificationError(f"{path} has a scheme, but no pass solved it before it was to be written")
-            scheme = scheme_of(self._quantized[f"{path}.weight"])
-            assert scheme is not None
-            parts = pack(
-                solved.weight,
-                scheme,
-                input_scale=solved.input_scale,
-                input_zero_point=solved.input_zero_point,
-                input_global_scale=solved.input_global_scale,
-            )
-            prefix = self._disk_prefix(path)
-            tensors |= {f"{prefix}.{name}": tensor.cpu() for name, tensor in parts.items()}
+        for parts in in_parallel(lambda path: self._pack(path, work), packed, device=self._context.device):
+            tensors |= parts
         tensors |= {key: tensor.cpu() for key, tensor in work.extra.items()}
         self._writer.add_shard(self._shard[work.partition.name], tensors)
         self._written += sum(_nbytes(tensor) for tensor in tensors.values())
+
+    def _pack(self, path: str, work: PartitionWork) -> dict[str, Tensor]:
+        """The tensors of one quantized linear by their keys on disk, on the CPU."""
+        solved = work.solved.get(path)
+        if solved is None:
+            raise VerificationError(f"{path} has a scheme, but no pass solved it before it was to be written")
+        scheme = scheme_of(self._quantized[f"{path}.weight"])
+        assert scheme is not None
+        parts = pack(
+            solved.weight,
+            scheme,
+            input_scale=solved.input_scale,
+            input_zero_point=solved.input_zero_point,
+            input_global_scale=solved.input_global_scale,
+        )
+        prefix = self._disk_prefix(path)
+        return {f"{prefix}.{name}": tensor.cpu() for name, tensor in parts.items()}
 
     def _disk_prefix(self, path: str) -> str:
         """Where a module's tensors go. An embedding's tied head gets a name of its own, as it is tied no more."""

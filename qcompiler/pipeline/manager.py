@@ -49,12 +49,18 @@ def _ensures(name: str) -> Stage | None:
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
     """Run the passes up to the first that needs weights. This is all that a plan does."""
     verify(graph, after="capture")
-    for item in pipeline.flat():
-        if not isinstance(item, GraphPass):
-            return
+    for item in _planned(pipeline):
         start = perf_counter()
         item.run(graph, context)
         _done(item, graph, context, perf_counter() - start, show)
+
+
+def _planned(pipeline: Pipeline) -> Iterator[GraphPass]:
+    """The passes up to the first that needs weights."""
+    for item in pipeline.flat():
+        if not isinstance(item, GraphPass):
+            return
+        yield item
 
 
 def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
@@ -106,11 +112,18 @@ def _done(item: Pass, graph: Graph, context: Context, seconds: float, show: Prin
         show(item.name, graph)
 
 
-def check_print_after(names: Sequence[str], pipeline: Pipeline) -> None:
-    """Raise `ConfigError` for a pass to print after that the pipeline does not run."""
+def check_print_after(names: Sequence[str], pipeline: Pipeline, *, planning: bool = False) -> None:
+    """Raise `ConfigError` for a pass to print after that the pipeline, or a plan of it, does not run."""
     known = [item.name for item in pipeline.flat()]
+    run = [item.name for item in _planned(pipeline)] if planning else known
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"--print-after {name}: pipeline {pipeline.name} has no such pass{did_you_mean(name, known)}"
+                f"--print-after {name}: pipeline {pipeline.name} has no such pass{did_you_mean(name, known)}",
+                hint=f"it runs {', '.join(run)}",
+            )
+        if name not in run:
+            raise ConfigError(
+                f"--print-after {name}: a plan ends where the first pass needs weights, and does not run it",
+                hint=f"it runs {', '.join(run)}; `qcompiler compile` runs the others",
             )

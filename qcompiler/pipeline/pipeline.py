@@ -114,7 +114,10 @@ def _pipeline(data: Any, place: Place, reading: _Reading) -> Pipeline:
     known = ("name", "description", "passes")
     for key, value in data.items() if isinstance(data, dict) else ():
         if key not in known:
-            raise ConfigError(f"{place.at(key)}: unknown key{did_you_mean(key, known)}")
+            raise ConfigError(
+                f"{place.at(key)}: unknown key{did_you_mean(key, known)}",
+                hint="a pipeline has a `name`, a `description` and a list of `passes`",
+            )
         if key != "passes" and not isinstance(value, str):
             raise ConfigError(f"{place.at(key)}: expected text, not {value!r}")
     if not isinstance(data, dict) or not isinstance(data.get("passes"), list):

@@ -89,7 +89,7 @@ class _Clock:
 
     def lap(self) -> float:
         now, read = perf_counter(), self._weights.seconds
-        lap = now - self._start - (read - self._read)
+        lap = max(0.0, now - self._start - (read - self._read))  # threads read side by side
         self._start, self._read = now, read
         return lap
 

@@ -26,6 +26,8 @@ class Statistic:
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self.tokens = 0
+        # NVFP4's global scale only places the scales of its groups: a narrower one clips groups, and refines none.
+        self._kind = "minmax" if observer.kind == "mse" and observer.spec.is_nvfp4 else observer.kind
         self._low: Tensor | None = None
         self._high: Tensor | None = None
         self._counts: Tensor | None = None
@@ -54,7 +56,7 @@ class Statistic:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self.tokens += tokens.shape[0]
-        if self.observer.kind != "minmax":
+        if self._kind != "minmax":
             self._count(tokens)
 
     def _count(self, tokens: Tensor) -> None:
@@ -75,9 +77,9 @@ class Statistic:
                 hint="use more calibration data, or a scheme whose activations are quantized dynamically",
             )
         low, high = self._low.clamp_max(0), self._high.clamp_min(0)
-        if self.observer.kind == "percentile":
+        if self._kind == "percentile":
             low, high = self._percentiles(low, high)
-        elif self.observer.kind == "mse":
+        elif self._kind == "mse":
             low, high = self._least_error(low, high)
         return low, high
 
@@ -116,19 +118,9 @@ class Statistic:
         best, least = 1.0, torch.tensor(float("inf"))
         for step in range(_SHRINKS):
             factor = 1 - step / _SHRINKS
-            if self.observer.spec.is_nvfp4:
-                scales = {"global_scale": input_global_scale(torch.maximum(-low, high) * factor)}
-                # Only values of like size share a group in a sorted histogram, so this sees the clipping alone.
-                rounded = fake_quantize(_padded(values), self.observer.spec, **scales).flatten()[: len(values)]
-            else:
-                scale, zero = static_qparams(low * factor, high * factor, self.observer.spec, scale_dtype=torch.float32)
-                rounded = fake_quantize(values[None], self.observer.spec, scale=scale, zero_point=zero)[0]
+            scale, zero = static_qparams(low * factor, high * factor, self.observer.spec, scale_dtype=torch.float32)
+            rounded = fake_quantize(values[None], self.observer.spec, scale=scale, zero_point=zero)[0]
             error = ((rounded - values).square() * counts).sum()
             if bool(error < least):
                 best, least = factor, error
         return low * best, high * best
-
-
-def _padded(values: Tensor) -> Tensor:
-    missing = -len(values) % 16
-    return torch.cat([values, values.new_zeros(missing)])[None]
