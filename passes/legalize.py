@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator
 
 from qcompiler.emit.config import LOADERS, EmittedConfig, build_quantization_config
 from qcompiler.emit.sites import Site
-from qcompiler.errors import LegalityError, VerificationError
+from qcompiler.errors import ConfigError, LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.lowering.sites import disk_sites, scheme_of, sites
@@ -19,6 +21,16 @@ from qcompiler.pipeline.base import GraphPass
 from qcompiler.targets import Target, check, load_target
 
 _SHOWN = 8
+
+
+def _known(name: str) -> str:
+    try:
+        return load_target(name).name
+    except ConfigError as error:  # as a ValueError, pydantic adds where it was written
+        raise ValueError(f"{error.message} ({error.hint})") from None
+
+
+TargetName = Annotated[str, AfterValidator(_known)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +45,7 @@ class Legalize(GraphPass):
     name: ClassVar[str] = "legalize"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
 
-    target: str = "vllm-sm90"
+    target: TargetName = "vllm-sm90"
     conv1d: Literal["error", "dense"] = "error"
 
     def run(self, graph: Graph, context: Context) -> None:

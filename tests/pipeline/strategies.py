@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from passes.legalize import TargetName
 from qcompiler.ir.annotations import Structure
 from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.pipeline.options import options_of, tables_in
 from qcompiler.pipeline.registry import pass_classes
 from qcompiler.scheme import PRESETS, Scheme
 from qcompiler.select import Select
+from qcompiler.targets import target_names
 
 TEXT = st.text(max_size=12)
 
@@ -92,6 +94,8 @@ _OWN: dict[Any, st.SearchStrategy[Any]] = {
 
 def of_type(kind: Any) -> st.SearchStrategy[Any]:
     """Values of the type of an option."""
+    if kind == TargetName:
+        return st.sampled_from(target_names())
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         bounds = [bound for item in parts[1:] if isinstance(item, FieldInfo) for bound in item.metadata]
