@@ -100,7 +100,10 @@ def _load(name: str, reading: _Reading, place: Place | None = None) -> Pipeline:
         text = path.read_text(encoding="utf-8")
         identity = str(path.resolve())
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name that a file can have
-        raise ConfigError(f"{said}pipeline {name!r} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{said}pipeline {name!r} cannot be read: {reason}", hint="give a YAML file, or a packaged pipeline's name"
+        ) from error
     return _parse(text, str(path), dataclasses.replace(reading, folder=path.parent), identity)
 
 

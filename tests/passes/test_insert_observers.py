@@ -1,0 +1,269 @@
+"""Observers: where they stand, who shares them, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from qcompiler.capture.twin import build_twin
+from qcompiler.errors import LegalityError
+from qcompiler.ir.annotations import Leaf, Observer, get, need
+from qcompiler.ir.fx import value
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.ops import observe
+from qcompiler.ir.partition import partitions
+from qcompiler.ir.printer import Printer, print_graph
+from qcompiler.runtime.evaluate import evaluate
+from qcompiler.scheme import PRESETS, Strategy, preset
+from tests.capture.models import captured
+from tests.conftest import Golden
+from tests.ir.graphs import insert, leaf, observers
+from tests.passes.models import assign, block, recurrent, rule, run
+from tests.renaming import renamed
+from tests.zoo import tiny_config
+
+LAYER = "model.layers.0"
+STATIC = preset("FP8").input_activations
+assert STATIC is not None
+
+
+def shared(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """Who uses each statistic of inputs, by its id."""
+    found: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    for node in observers(graph, "input"):
+        observer = need(node, Observer)
+        found[observer.id] = (*found[observer.id], *observer.consumers)
+    return dict(found)
+
+
+def layer(graph: Graph) -> str:
+    """The first decoder layer, printed."""
+    (part,) = (part for part in partitions(graph) if part.layer == 0)
+    return f"{part.name} of {type(graph.model).__name__} ({graph.stage})\n{Printer(graph).lines(part.nodes)}\n"
+
+
+def test_a_layer_before_and_after(golden: Golden) -> None:
+    """Static FP8 on q, k and v, which share one observer; NVFP4 on gate and up, which share another; a cache."""
+    rules = assign(rule("FP8", structure="attention-input"), rule("NVFP4", structure="mlp-input"), kv_cache={})
+    before = run(block(), rules).graph
+    golden("insert-observers", f"{layer(before)}\n{layer(run(before, 'insert-observers').graph)}")
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_linears_of_one_input_and_one_scheme_share_an_observer() -> None:
+    graph = run("phi", assign(rule("FP8", layers=0)), "insert-observers").graph
+    first, *_ = observers(graph, "input")
+    readers = [f"{LAYER}.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")]
+    assert need(first, Observer) == Observer(
+        id="l0.attention-input.fp8/tensor",
+        kind="minmax",
+        spec=STATIC,
+        purpose="input",
+        consumers=tuple(readers),
+        because=("insert-observers: the input scale of fp8/tensor is measured",),
+    )
+    assert [need(user, Leaf).path for user in first.users] == readers
+    assert shared(graph) == {
+        "l0.attention-input.fp8/tensor": tuple(readers),
+        "l0.attention-output.fp8/tensor": (f"{LAYER}.self_attn.dense",),
+        "l0.mlp-output.fp8/tensor": (f"{LAYER}.mlp.fc2",),
+    }
+
+
+def test_two_schemes_on_one_tensor_have_two_observers_of_it() -> None:
+    rules = (rule("FP8", structure="attention-input", layers=0), rule("NVFP4", structure="mlp-input", layers=0))
+    graph = run("phi", assign(*rules), "insert-observers").graph
+    first, second = observers(graph, "input")
+    assert first.args == second.args == (leaf(graph, f"{LAYER}.input_layernorm"),)
+    assert [(need(node, Observer).spec.short, len(node.users)) for node in (first, second)] == [
+        ("fp8/tensor", 3),
+        ("nvfp4", 1),
+    ]
+
+
+def test_members_of_a_group_that_read_it_through_views_share_the_statistic() -> None:
+    graph = run("llama", assign(rule("FP8", structure="attention-input", layers=0))).graph
+    k = leaf(graph, f"{LAYER}.self_attn.k_proj")
+    k.args = (insert(graph, torch.ops.aten.contiguous.default, k.args[0], like=k),)
+    done = run(graph, "insert-observers").graph
+    assert len(observers(done, "input")) == 2
+    assert {need(node, Observer).id for node in observers(done, "input")} == {"l0.attention-input.fp8/tensor"}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_only_numbers_that_must_be_measured_are(name: str) -> None:
+    before = run(block(), assign(rule(name, layers=0))).graph
+    after = run(before, "insert-observers").graph
+    assert after.stage is Stage.OBSERVED
+    if name in ("FP8", "NVFP4"):
+        assert len(observers(after, "input")) == 4
+    else:
+        assert print_graph(after) == print_graph(before).replace("(annotated)", "(observed)")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "percentile"),
+    [
+        ({}, "minmax", 99.99),
+        ({"inputs": "mse"}, "mse", 99.99),
+        ({"inputs": "percentile", "percentile": 99.0}, "percentile", 99.0),
+    ],
+    ids=["minmax", "mse", "percentile"],
+)
+def test_the_statistic_is_an_option(options: dict[str, Any], kind: str, percentile: float) -> None:
+    graph = run(block(), assign(rule("FP8", layers=0), kv_cache={}), {"insert-observers": options}).graph
+    assert {(o.kind, o.percentile) for n in observers(graph, "input") if (o := get(n, Observer))} == {
+        (kind, percentile)
+    }
+    assert {need(node, Observer).kind for node in observers(graph, "key")} == {"minmax"}
+
+
+# --- modules that run several times -----------------------------------------------------------------------------------
+
+
+def test_calls_of_one_module_share_a_statistic() -> None:
+    graph = run("gemma3n_text", assign(rule("FP8", name="*.layers.0.altup.modality_router")), "insert-observers").graph
+    first, second = observers(graph, "input")
+    assert first.args != second.args
+    assert need(first, Observer).id == need(second, Observer).id
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "hint"),
+    [
+        (
+            {},
+            "L_module.layers.0.mlp.down_proj runs in several partitions (",
+            "use a scheme whose activations are dynamic",
+        ),
+        ({"kv_cache": {}}, "L_module.layers.0.self_attn runs in several partitions (", "remove kv_cache from assign"),
+    ],
+    ids=["input", "cache"],
+)
+def test_what_runs_in_several_partitions_cannot_be_measured_in_one(
+    options: dict[str, Any], says: str, hint: str
+) -> None:
+    scheme = "W8A8" if options else "FP8"
+    with pytest.raises(LegalityError) as error:
+        run(recurrent(), assign(rule(scheme, structure="mlp-output"), **options), "insert-observers")
+    assert says in error.value.message
+    assert error.value.hint is not None
+    assert hint in error.value.hint
+    assert (
+        run(recurrent(), assign(rule("W8A8", structure="mlp-output")), "insert-observers").graph.stage is Stage.OBSERVED
+    )
+
+
+# --- the key/value cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model_type", "heads"), [("mixtral", 2), ("falcon", 1), ("gpt2", 4)])
+def test_keys_and_values_are_observed_as_they_enter_the_cache(model_type: str, heads: int) -> None:
+    """Before grouped-query attention repeats their heads, and by the name of the attention."""
+    graph = run(model_type, assign(kv_cache={"strategy": "attn_head"}), "insert-observers").graph
+    attentions = [path for path, module in graph.model.named_modules() if type(module).__name__.endswith("Attention")]
+    assert len(attentions) == 2
+    for purpose in ("key", "value"):
+        found = [(node, need(node, Observer)) for node in observers(graph, purpose)]
+        assert [observer.consumers for _, observer in found] == [(path,) for path in attentions]
+        assert [observer.id for _, observer in found] == [f"{path}.{purpose}" for path in attentions]
+        assert {observer.spec.strategy for _, observer in found} == {Strategy.ATTN_HEAD}
+        assert {observer.because for _, observer in found} == {
+            ("insert-observers: the KV cache is quantized to fp8 per attn_head",)
+        }
+        assert {value(node).shape[1] for node, _ in found} == {heads}
+
+
+def test_layers_that_share_keys_and_values_observe_them_for_each() -> None:
+    graph = run("gemma3n_text", assign(kv_cache={}), "insert-observers").graph
+    owners = [need(node, Observer).consumers[0] for node in observers(graph, "key")]
+    assert sorted(owners) == [f"model.layers.{index}.self_attn" for index in range(3)]
+
+
+def test_a_cache_without_an_attention_operation_is_refused() -> None:
+    with pytest.raises(LegalityError, match="has no attention operation to observe keys and values at") as error:
+        run("mpt", assign(kv_cache={}), "insert-observers")
+    assert error.value.hint == "remove kv_cache from assign"
+
+
+# --- by structure, and without a change -------------------------------------------------------------------------------
+
+EVERYTHING = assign(
+    rule("FP8", structure=["attention-input", "mlp-output"], optional=True),
+    rule("NVFP4", structure=["mlp-input", "attention-output"], optional=True),
+    kv_cache={},
+)
+
+
+def decisions(graph: Graph) -> list[tuple[object, ...]]:
+    """What is observed where, names of modules aside."""
+    found = [(node, get(node, Observer)) for node in graph.nodes]
+    return [
+        (o.kind, o.spec, o.purpose, o.id if o.purpose == "input" else None, len(o.consumers), value(node).dim())
+        for node, o in found
+        if o is not None
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["phi", "mixtral"])
+def test_renamed_modules_are_observed_alike(model_type: str) -> None:
+    graph = run(model_type, EVERYTHING, "insert-observers").graph
+    other = run(renamed(captured(model_type), seed=1), EVERYTHING, "insert-observers").graph
+    assert decisions(other) == decisions(graph)
+    assert decisions(graph)
+
+
+@cache
+def twin(model_type: str) -> PreTrainedModel:
+    return build_twin(tiny_config(model_type))
+
+
+def logits(graph: Graph, model_type: str, seen: list[Tensor]) -> Tensor:
+    """The logits of a graph with the weights of a twin; what its observers see goes to `seen`."""
+    model = twin(model_type)
+    ids = torch.arange(3, 29).reshape(2, 13)
+
+    def handle(node: fx.Node, args: tuple[Any, ...]) -> Any:
+        seen.append(args[0])
+        return args[0]
+
+    tensors = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **graph.buffers}
+    with torch.no_grad():
+        values = evaluate(
+            [node for node in graph.nodes if node.op not in ("placeholder", "output")],
+            {graph.input: ids},
+            root=graph.model,
+            tensors=tensors | {k: v for k, v in model.named_buffers() if k not in tensors},
+            device=ids.device,
+            keep=[graph.output],
+            handlers={observe: handle},
+        )
+    result: Tensor = values[graph.output]
+    return result
+
+
+SCHEMES = st.sampled_from([None, "FP8", "NVFP4", "W8A8"])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi", "mixtral", "gemma3n_text"])
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_no_pass_before_lowering_changes_the_output(model_type: str, data: st.DataObject) -> None:
+    structures = ["attention-input", "attention-output", "mlp-input", "mlp-output", "lm-head"]
+    rules = [rule(data.draw(SCHEMES), structure=structure, optional=True) for structure in structures]
+    cache = data.draw(st.sampled_from([None, {"strategy": "tensor"}, {"strategy": "attn_head"}]))
+    item = assign(*rules, kv_cache=cache, on_indivisible="dense")
+    observed = run(model_type, item, "insert-observers").graph
+    seen: list[Tensor] = []
+    assert torch.equal(logits(observed, model_type, seen), logits(captured(model_type), model_type, []))
+    assert len(seen) == sum(node.target is observe for node in observed.nodes)
