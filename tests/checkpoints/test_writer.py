@@ -19,6 +19,7 @@ from qcompiler.checkpoints.header import DTYPES, tensor_bytes
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor
 from qcompiler.checkpoints.writer import CheckpointWriter, write_safetensors
 from qcompiler.errors import CheckpointError
+from tests.disks import mounted
 
 FINGERPRINT = {"inputs": {"model.safetensors": [10, "abc"]}, "pipeline": ["int4"], "version": "1"}
 
@@ -337,15 +338,8 @@ def test_kill_9_leaves_the_old_output_or_the_new_and_a_resumable_rest(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path / "disk", "size=4m") as folder:
+        yield folder
 
 
 def test_a_disk_too_small_is_refused_before_work_begins(small_disk: Path, source: Path) -> None:

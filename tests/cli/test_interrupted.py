@@ -1,0 +1,131 @@
+"""A run that ends in the middle: killed, interrupted, or by a defect. The old output stays whole, or there is none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import contents, finish, pipeline_file, start
+from tests.cli.conftest import Run
+from tests.pipeline.conftest import Install
+
+OTHERS = """
+from dataclasses import dataclass
+from time import sleep
+from typing import ClassVar, Literal
+
+from qcompiler import StreamingPass
+from qcompiler.ir.graph import Stage
+from qcompiler.pipeline import PartitionStep
+
+@dataclass(frozen=True, kw_only=True)
+class Stall(StreamingPass):
+    name: ClassVar[str] = "stall"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CALIBRATED, Stage.LOWERED})
+    how: Literal["sleep", "raise", "refuse to begin"] = "sleep"
+
+    def begin(self, graph, context):
+        if self.how == "refuse to begin":
+            raise RuntimeError("a defect where a sweep begins")
+        return Step(self.how)
+
+class Step(PartitionStep):
+    def __init__(self, how):
+        self.how = how
+        self.seen = 0
+
+    def partition(self, work):
+        self.seen += 1
+        if self.seen == 2:
+            if self.how == "raise":
+                raise RuntimeError("a defect in the second partition")
+            sleep(600)
+
+    def finish(self):
+        pass
+"""
+"""A pass that ends or halts a run at its second partition, when the first shard is written."""
+
+
+@pytest.fixture
+def packages(install: Install) -> Path:
+    return install("others", {"others.py": OTHERS}, passes={"stall": "others:Stall"})
+
+
+@pytest.fixture
+def old(run: Run, model: Path, results: Path) -> dict[str, bytes]:
+    """What an earlier run left in `results / "out"`."""
+    assert run("compile", model, "-p", "w8a8", "-o", results / "out").code == 0
+    return contents(results)
+
+
+def stalled(model: Path, results: Path, packages: Path, file: Path) -> subprocess.Popen[str]:
+    """A run that has written its first shard, and no other."""
+    args = ["compile", model, "-p", file, "-o", results / "out", "--overwrite"]
+    process = start(*args, packages=packages)
+    shard = results / ".out.partial" / "checkpoint" / "model-00001-of-00003.safetensors"
+    while not shard.exists():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.05)
+    return process
+
+
+@pytest.fixture
+def stalling(tmp_path: Path) -> Path:
+    return pipeline_file(tmp_path, ("  - lower\n", "  - stall\n  - lower\n"))
+
+
+def untouched(results: Path, old: dict[str, bytes]) -> bool:
+    return {name: data for name, data in contents(results).items() if name in old} == old
+
+
+def test_kill_9_leaves_the_old_output_and_a_later_run_succeeds(
+    old: dict[str, bytes], run: Run, model: Path, results: Path, packages: Path, stalling: Path
+) -> None:
+    process = stalled(model, results, packages, stalling)
+    again = ["compile", model, "-p", "w8a8", "-o", results / "out", "--overwrite"]
+    ran = run(*again)
+    assert (ran.code, ran.out) == (2, "")
+    assert f"error: {results / 'out'}: another run is writing it" in ran.err
+    process.kill()
+    assert finish(process).code == -signal.SIGKILL
+    assert untouched(results, old)
+    assert sorted(os.listdir(results)) == [".out.partial", "out"]
+    ran = run(*again)
+    assert (ran.code, ran.err) == (0, "")
+    assert contents(results) == old, "the same model and pipeline give the same bytes"
+
+
+def test_control_c_leaves_the_old_output_alone_and_no_traceback(
+    old: dict[str, bytes], model: Path, results: Path, packages: Path, stalling: Path
+) -> None:
+    process = stalled(model, results, packages, stalling)
+    process.send_signal(signal.SIGINT)
+    ran = finish(process)
+    assert (ran.code, ran.out, ran.err.strip()) == (130, "", "")
+    assert contents(results) == old
+
+
+def test_a_defect_keeps_its_traceback_and_leaves_no_partial_folder(
+    model: Path, results: Path, tmp_path: Path, packages: Path
+) -> None:
+    file = pipeline_file(tmp_path, ("  - lower\n", "  - stall: {how: raise}\n  - lower\n"))
+    ran = finish(start("compile", model, "-p", file, "-o", results / "out", packages=packages))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("Traceback (most recent call last)")
+    assert ran.err.endswith("RuntimeError: a defect in the second partition\n")
+    assert os.listdir(results) == []
+
+
+def test_a_pass_that_does_not_begin_ends_those_that_did(
+    run: Run, model: Path, results: Path, tmp_path: Path, packages: Path
+) -> None:
+    file = pipeline_file(tmp_path, ("  - lower\n", "  - lower\n  - stall: {how: refuse to begin}\n"))
+    with pytest.raises(RuntimeError, match="where a sweep begins"):
+        run("compile", model, "-p", file, "-o", results / "out")
+    assert os.listdir(results) == []
