@@ -19,7 +19,6 @@ from qcompiler.pipeline import Context, PartitionStep, PartitionWork, StreamingP
 from qcompiler.pipeline.base import Solved
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
-from qcompiler.scheme import KVCacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +60,9 @@ class _Solve(PartitionStep):
         for path, solved, error in in_parallel(solve, todo, device=self._context.device, size=size):
             work.solved[path] = solved
             self._context.report.row(path).error = error
-        if self._graph.kv_cache is not None:
-            self._solve_cache(work, self._graph.kv_cache)
+        for statistic in work.statistics.values():
+            if statistic.observer.purpose != "input":
+                work.caches[statistic.observer], _ = statistic.qparams(self._context.source.dtype)
 
     def _todo(self, node: Node) -> Quant | None:
         leaf, quant = get(node, Leaf), get_quant(node)
@@ -95,13 +95,6 @@ class _Solve(PartitionStep):
             return Solved(rounded, input_global_scale=statistic.global_scale())
         scale, zero = statistic.qparams(dtype)
         return Solved(rounded, input_scale=scale, input_zero_point=zero)
-
-    def _solve_cache(self, work: PartitionWork, spec: KVCacheSpec) -> None:
-        for statistic in work.statistics.values():
-            observer = statistic.observer
-            if observer.purpose != "input":
-                scale, _ = statistic.qparams(self._context.source.dtype)
-                work.extra[f"{observer.consumers[0]}.{observer.purpose[0]}_scale"] = scale
 
     def finish(self) -> None:
         return None

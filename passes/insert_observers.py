@@ -8,16 +8,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from qcompiler.errors import LegalityError
-from qcompiler.ir.annotations import Leaf, Observer, Role, Scope, annotate, get_quant, need
-from qcompiler.ir.fx import Node, is_op, tensor_arg
+from qcompiler.ir.annotations import Leaf, Observer, Role, annotate, get_quant, need
+from qcompiler.ir.edit import insert, stand_between
+from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.spec import needs_statistics
-from qcompiler.patterns.transformer import FUSED_ATTENTION
+from qcompiler.patterns.cache import cached_tensors
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
-from qcompiler.scheme import KVCacheSpec, QuantSpec, Strategy
+from qcompiler.scheme import KVCacheSpec, QuantSpec
 
 Kind = Literal["minmax", "mse", "percentile"]
 
@@ -63,31 +64,23 @@ class InsertObservers(GraphPass):
             ids |= dict.fromkeys(paths, id_)
             because = f"{self.name}: the input scale of {spec.short} is measured"
             observer = Observer(id_, self.inputs, spec, "input", paths, (because,), self.percentile)
-            observed = _insert(graph, source, observer, before=readers[0])
+            observed = insert(graph, observe, (source,), before=readers[0], like=source)
+            annotate(observed, observer)
             for reader in readers:
                 reader.replace_input_with(source, observed)
 
     def _observe_cache(self, graph: Graph, spec: KVCacheSpec) -> None:
-        strategy = Strategy.ATTN_HEAD if spec.strategy == "attn_head" else Strategy.TENSOR
-        numbers = QuantSpec(type="float", bits=8, strategy=strategy)
         because = f"{self.name}: the KV cache is quantized to fp8 per {spec.strategy}"
-        attentions = list(FUSED_ATTENTION.matches(graph))
-        if not attentions:
+        found = list(cached_tensors(graph))
+        if not found:
             raise LegalityError(
                 "the KV cache cannot be quantized: the model has no attention operation to observe keys and values at",
                 hint="remove kv_cache from assign",
             )
-        for match in attentions:
-            attention = match.anchor
-            path = need(attention, Scope).calls[-1][1]
-            for purpose, operand in (("key", 1), ("value", 2)):
-                source = _before_repeat(tensor_arg(attention, operand))
-                kind: Literal["key", "value"] = "key" if purpose == "key" else "value"
-                observer = Observer(f"{path}.{kind}", self.kv_cache, numbers, kind, (path,), (because,))
-                first = next(iter(source.users))
-                observed = _insert(graph, source, observer, before=first)
-                for user in [u for u in source.users if u is not observed]:
-                    user.replace_input_with(source, observed)
+        for cached in found:
+            id_ = f"{cached.path}.{cached.part}"
+            observed = stand_between(graph, cached.node, observe)
+            annotate(observed, Observer(id_, self.kv_cache, spec.numbers, cached.part, (cached.path,), (because,)))
 
 
 def _check_partitions(graph: Graph) -> None:
@@ -110,22 +103,3 @@ def _check_partitions(graph: Graph) -> None:
                 if observer.purpose == "input"
                 else "remove kv_cache from assign",
             )
-
-
-def _insert(graph: Graph, source: Node, observer: Observer, *, before: Node) -> Node:
-    with graph.fx.inserting_before(before):
-        node = graph.fx.call_function(observe, (source,))
-    node.meta = {key: value for key, value in source.meta.items() if key in ("val", "tensor_meta")}
-    annotate(node, need(before, Scope))
-    annotate(node, observer)
-    return node
-
-
-def _before_repeat(node: Node | None) -> Node:
-    """Keys and values as they enter the cache: before grouped-query attention repeats the heads."""
-    assert node is not None
-    while is_op(node, "aten.reshape", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.repeat_interleave"):
-        below = tensor_arg(node, 0)
-        assert below is not None
-        node = below
-    return node

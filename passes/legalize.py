@@ -62,7 +62,7 @@ class Legalize(GraphPass):
                 f"{target.name} cannot load what was assigned, violations: {len(violations)}\n{shown}{more}",
                 hint="change the rules that chose these schemes, or compile for another --target",
             )
-        if not any(site.scheme for site in everything):
+        if graph.kv_cache is None and not any(site.scheme for site in everything):
             raise LegalityError(
                 "no linear is quantized: every one is dense"
                 + (", and Conv1D layers cannot be otherwise" if self._has_conv1d(graph) else ""),

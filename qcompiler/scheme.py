@@ -304,3 +304,9 @@ class KVCacheSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategy: Literal["tensor", "attn_head"] = "tensor"
+
+    @property
+    def numbers(self) -> QuantSpec:
+        """How keys and values are quantized."""
+        strategy = Strategy.ATTN_HEAD if self.strategy == "attn_head" else Strategy.TENSOR
+        return QuantSpec(type="float", bits=8, strategy=strategy)

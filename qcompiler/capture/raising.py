@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qcompiler.capture.experts import EXPERTS_OP
 from qcompiler.ir.annotations import Leaf, LeafKind, Scope, annotate, need
-from qcompiler.ir.fx import Node, erase_dead, inputs, is_op, rank, value
+from qcompiler.ir.fx import Node, erase_dead, inputs, is_op, rank, tensor_arg, value
 
 _NORM_REDUCTIONS = ("aten.mean", "aten.var", "aten.var_mean", "aten.linalg_vector_norm", "aten.norm")
+_CASTS = ("aten.to", "aten._to_copy", "aten.type_as")
 _NORM_OPS = ("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
 
 
@@ -111,8 +112,10 @@ def _mark_bare_linears(graph: fx.Graph, model: PreTrainedModel) -> None:
     for node in graph.nodes:
         if not is_op(node, "aten.linear"):
             continue
-        weight = node.args[1]
-        if isinstance(weight, Node) and weight.op == "get_attr":
+        weight = tensor_arg(node, 1)
+        while weight is not None and is_op(weight, *_CASTS):  # routers of half-precision models compute in float32
+            weight = tensor_arg(weight, 0)
+        if weight is not None and weight.op == "get_attr":
             path, _, _ = str(weight.target).rpartition(".")
             rows, columns = value(weight).shape
             class_name = type(model.get_submodule(path)).__name__

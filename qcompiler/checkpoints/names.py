@@ -156,6 +156,15 @@ class NameMap:
         """The key under which a path is written as it is, or `None` if it is not (see `obstacle`)."""
         return None if self.obstacle(path) else self._writes[path].conversion.name
 
+    def disk_module(self, path: str) -> str:
+        """The name on disk of a module that has parameters; its path where none of them keeps its own name."""
+        for inner in self._specs:
+            if inner.startswith(f"{path}.") and (name := self.disk_name(inner) if inner not in self.absent else None):
+                rest = inner.removeprefix(path)
+                if name.endswith(rest):
+                    return name.removesuffix(rest)
+        return path
+
     def obstacle(self, path: str) -> str | None:
         """Why a path has no key of its own on disk, or `None` if it has one."""
         self.spec(path)

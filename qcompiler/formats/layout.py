@@ -65,6 +65,11 @@ def layout(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dty
     return tensors | _input_layout(scheme.input_activations, dtype)
 
 
+def cache_scale(part: str) -> str:
+    """The name, under an attention module, of the scale of its keys or values: [1], or [heads, 1, 1]."""
+    return f"{part[0]}_scale"
+
+
 def packs_zero_point(scheme: Scheme) -> bool:
     """Whether zero points are packed along O like the codes, not stored as int8."""
     spec = scheme.weights

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from qcompiler.errors import VerificationError
 
+_EVALUATE = "evaluate the graph with qcompiler.runtime.lowered"
+
 
 def observe(x: Tensor) -> Tensor:
     """Identity. While calibrating, the statistic of the node's `Observer` annotation takes in the tokens of `x`."""
@@ -23,14 +25,21 @@ def observe(x: Tensor) -> Tensor:
 
 def fake_quantize(x: Tensor, layer: str) -> Tensor:
     """Round `x` to the grid of `layer`'s input activations and back: same shape and dtype."""
-    raise VerificationError(f"fake_quantize of {layer} needs its scales: evaluate the graph with runtime.lowered")
+    raise VerificationError(f"fake_quantize of {layer} needs its scales: {_EVALUATE}")
 
 
 def quantized_linear(x: Tensor, layer: str) -> Tensor:
     """`x @ dequantize(codes of layer).T + bias`: [..., in_features] to [..., out_features], in the dtype of `x`."""
-    raise VerificationError(f"quantized_linear {layer} needs its codes: evaluate the graph with runtime.lowered")
+    raise VerificationError(f"quantized_linear {layer} needs its codes: {_EVALUATE}")
+
+
+def fake_quantize_cache(x: Tensor, attention: str, part: str) -> Tensor:
+    """Round keys or values (`part`) [B, H, S, D] to the grid of `attention`'s cache and back: same shape and dtype."""
+    raise VerificationError(
+        f"fake_quantize_cache of {attention} needs its scales: evaluate the graph with runtime.lowered"
+    )
 
 
 OPS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
-    {fn.__name__: fn for fn in (observe, fake_quantize, quantized_linear)}
+    {fn.__name__: fn for fn in (observe, fake_quantize, fake_quantize_cache, quantized_linear)}
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from qcompiler.ir.annotations import Leaf, Observer, Role, Scope, get, get_quant
 from qcompiler.ir.fx import Node, op_name, value
 from qcompiler.ir.graph import Graph
-from qcompiler.ir.ops import OPS, fake_quantize
+from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache
 
 _HIDDEN = frozenset({"device", "pin_memory", "layout"})  # where a tensor lies says nothing of what is computed
 
@@ -65,6 +65,10 @@ class Printer:
         if node.target is fake_quantize and (reader := next(iter(node.users), None)) is not None:
             return f"{self._name(reader)}.input"
         leaf, role, scope = get(node, Leaf), get(node, Role), get(node, Scope)
+        if node.target is fake_quantize_cache and len(node.args) == 3 and scope is not None:
+            attention = str(node.args[1])
+            index = re.search(r"\.(\d+)\.", f"{attention}.")
+            return f"{f'l{index[1]}.' if index else ''}{_below_layer(attention, scope)}.{node.args[2]}"
         if node.op == "get_attr":
             return str(node.target)
         if isinstance(value(node), torch.SymInt):
@@ -74,12 +78,12 @@ class Printer:
             return node.name
         if role is None or role.layer is None or scope is None:
             return leaf.path
-        # The layer's own module is the nearest enclosing call below the list of layers.
-        inner = next((path for _, path in scope.calls if re.search(r"\.\d+$", path)), "")
-        return f"l{role.layer}.{leaf.path.removeprefix(inner).removeprefix('.')}"
+        return f"l{role.layer}.{_below_layer(leaf.path, scope)}"
 
     def _layer(self, node: Node) -> str | None:
         """The module whose numbers an inserted operation uses: its own, or its reader's."""
+        if node.target is fake_quantize_cache:
+            return str(node.args[1]) if len(node.args) == 3 else None
         leaf = get(node, Leaf) or next((get(user, Leaf) for user in node.users), None)
         return leaf.path if leaf else None
 
@@ -104,6 +108,12 @@ class Printer:
 
     def _size(self, size: str) -> str:
         return re.sub(r"[su]\d+", lambda m: self._symbols.get(m.group(), m.group()), size)
+
+
+def _below_layer(path: str, scope: Scope) -> str:
+    """A path below the layer's own module: the nearest enclosing call below the list of layers."""
+    inner = next((outer for _, outer in scope.calls if re.search(r"\.\d+$", outer)), "")
+    return path.removeprefix(inner).removeprefix(".")
 
 
 def _short(called: str) -> str:

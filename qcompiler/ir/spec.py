@@ -14,7 +14,7 @@ from qcompiler.errors import VerificationError
 from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, Scope, get, get_quant
 from qcompiler.ir.fx import Node, is_operator, is_tensor, op_name, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.ops import OPS, fake_quantize, observe, quantized_linear
+from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache, observe, quantized_linear
 from qcompiler.ir.printer import Printer
 from qcompiler.scheme import Scheme
 
@@ -260,6 +260,22 @@ def _linears_lowered(node: Node) -> str | None:
     return "a linear with a scheme was not lowered" if node.op == "call_module" and _quantized(node) else None
 
 
+def _names_cache(graph: Graph) -> Broken:
+    known = {path for path, _ in graph.model.named_modules()}
+    for node in graph.nodes:
+        if node.target is fake_quantize_cache:
+            named = len(node.args) == 3 and node.args[1] in known and node.args[2] in ("key", "value")
+            if not named:
+                yield node, "it does not name the attention and the part (key or value) whose scale it uses"
+            elif graph.kv_cache is None:
+                yield node, "it rounds a KV cache that is not quantized"
+
+
+def _cache_rounded(graph: Graph) -> Broken:
+    if graph.kv_cache is not None and not any(node.target is fake_quantize_cache for node in graph.nodes):
+        yield graph.nodes[-1], "the KV cache is quantized, but nothing rounds keys and values"
+
+
 def _names_layer(node: Node) -> str | None:
     if node.target not in (fake_quantize, quantized_linear):
         return None
@@ -330,6 +346,8 @@ SPECS: dict[Stage, tuple[Rule, ...]] = {
         _each("no-observe", _no_observe),
         _each("linears-lowered", _linears_lowered),
         _each("names-layer", _names_layer),
+        Rule("names-cache", _names_cache),
+        Rule("cache-rounded", _cache_rounded),
         _each("input-rounded", _input_rounded),
     ),
 }

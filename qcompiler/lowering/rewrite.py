@@ -1,35 +1,32 @@
-"""Lower a calibrated graph: linears become quantized operations that name their layer, observers go."""
+"""Lower a calibrated graph: linears become quantized operations that name their layer."""
 
 from __future__ import annotations
 
-from qcompiler.ir.annotations import Role, Scope, annotate, get_quant, need, set_quant
+from qcompiler.ir.annotations import Observer, Role, annotate, get_quant, need, set_quant
+from qcompiler.ir.edit import insert
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph
-from qcompiler.ir.ops import fake_quantize, observe, quantized_linear
+from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, observe, quantized_linear
 from qcompiler.lowering.sites import scheme_of
 
 
 def lower_graph(graph: Graph) -> None:
-    """Replace `linear` by `quantized_linear`, with `fake_quantize` before it where its input is quantized."""
+    """Replace `linear` by `quantized_linear`, with `fake_quantize` before it where its input is quantized.
+
+    Observers of inputs go; those of a quantized cache become what rounds it.
+    """
     for node in graph.nodes:
         if node.target is observe:
-            source = tensor_arg(node, 0)
-            assert source is not None
-            node.replace_all_uses_with(source)
-            graph.fx.erase_node(node)
+            _lower_observer(graph, node)
     for node, leaf in list(graph.linears()):
         scheme = scheme_of(node)
         if scheme is None:
             continue
         x = tensor_arg(node, 0)
         assert x is not None
-        with graph.fx.inserting_before(node):
-            if scheme.input_activations is not None:
-                rounded = graph.fx.call_function(fake_quantize, (x, leaf.path))
-                _describe(rounded, x, need(node, Scope))
-                x = rounded
-            lowered = graph.fx.call_function(quantized_linear, (x, leaf.path))
-        _describe(lowered, node, need(node, Scope))
+        if scheme.input_activations is not None:
+            x = insert(graph, fake_quantize, (x, leaf.path), before=node, like=x)
+        lowered = insert(graph, quantized_linear, (x, leaf.path), before=node, like=node)
         annotate(lowered, leaf)
         annotate(lowered, need(node, Role))
         quant = get_quant(node)
@@ -39,6 +36,11 @@ def lower_graph(graph: Graph) -> None:
         graph.fx.erase_node(node)
 
 
-def _describe(new: Node, like: Node, scope: Scope) -> None:
-    new.meta = {key: value for key, value in like.meta.items() if key in ("val", "tensor_meta")}
-    annotate(new, scope)
+def _lower_observer(graph: Graph, node: Node) -> None:
+    source, observer = tensor_arg(node, 0), need(node, Observer)
+    assert source is not None
+    if observer.purpose != "input":
+        args = (source, observer.consumers[0], observer.purpose)
+        source = insert(graph, fake_quantize_cache, args, before=node, like=node)
+    node.replace_all_uses_with(source)
+    graph.fx.erase_node(node)

@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
 from qcompiler.emit.config import LOADERS, build_quantization_config
 from qcompiler.errors import VerificationError
-from qcompiler.formats import pack
+from qcompiler.formats import cache_scale, pack
 from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
@@ -77,6 +77,9 @@ class CheckpointStep:
         tensors: dict[str, DiskTensor] = self._context.source.dense(dense)
         for parts in in_parallel(lambda path: self._pack(path, work), packed, device=self._context.device):
             tensors |= parts
+        for observer, scale in work.caches.items():
+            module = self._context.source.names.disk_module(observer.consumers[0])
+            tensors[f"{module}.{cache_scale(observer.purpose)}"] = scale.cpu()
         tensors |= {key: tensor.cpu() for key, tensor in work.extra.items()}
         self._writer.add_shard(self._shard[work.partition.name], tensors)
         self._written += sum(_nbytes(tensor) for tensor in tensors.values())

@@ -17,6 +17,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from qcompiler.ir.annotations import Observer
 from qcompiler.ir.graph import Graph, Partition, Stage
 from qcompiler.numerics.tensor import QuantizedTensor
 from qcompiler.report import Report
@@ -86,13 +87,15 @@ class PartitionWork:
     """What a step sees of one partition.
 
     `weights` are its parameters and buffers by path, in the model's dtype, on the device. `statistics` are what
-    observers collected, by id. Steps fill `solved` (by module path) and `extra` (tensors to write besides, by key).
+    observers collected, by id. Steps fill `solved` (by module path), `caches` (scales of keys and values, by
+    observer) and `extra` (tensors to write besides, by key).
     """
 
     partition: Partition
     weights: MutableMapping[str, Tensor]
     statistics: Mapping[str, Statistic]
     solved: dict[str, Solved] = field(default_factory=dict)
+    caches: dict[Observer, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -47,10 +48,16 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
     last = max((i for i, part in enumerate(parts) if _observers(part)), default=-1)
     stream = Stream(graph, parts[: last + 1], _batches(context), context.device) if last >= 0 else None
     spent = Spent([0.0] * len(steps))
+    carried: dict[str, Solved] = {}
     for index, part in enumerate(parts):
         context.progress(part.name, index, len(parts))
         # In a function of its own, so that one partition's weights are gone before the next one's are read.
-        _run_partition(graph, part, steps, context, stream if index <= last else None, index == last, spent)
+        solved = _run_partition(
+            graph, part, steps, context, stream if index <= last else None, index == last, carried, spent
+        )
+        # A module that later partitions call again is solved once, by the first.
+        later = {leaf.path for other in parts[index + 1 :] for node in other.nodes if (leaf := get(node, Leaf))}
+        carried = {path: result for path, result in (carried | solved).items() if path in later}
     context.progress("done", len(parts), len(parts))
     return spent
 
@@ -62,11 +69,18 @@ def _run_partition(
     context: Context,
     stream: Stream | None,
     final: bool,
+    carried: Mapping[str, Solved],
     spent: Spent,
-) -> None:
-    """Collect, let every step do its part, propagate. `stream` is None where nothing is observed from here on."""
+) -> dict[str, Solved]:
+    """Collect, let every step do its part, propagate; what was solved.
+
+    `stream` is None where nothing is observed from here on. `carried` are modules that earlier partitions solved.
+    """
     weights = lazy_weights(graph, part, context.source, context.device)
-    work = PartitionWork(part, weights, statistics={})
+    called = {leaf.path for node in part.nodes if (leaf := get(node, Leaf))}
+    work = PartitionWork(
+        part, weights, statistics={}, solved={path: carried[path] for path in called if path in carried}
+    )
     clock = _Clock(weights)
     if stream is not None:
         work.statistics = _collect(part, stream, weights, final=final)
@@ -78,6 +92,7 @@ def _run_partition(
         _propagate(part, stream, work)
         spent.parts["forward: propagate"] += clock.lap()
     spent.parts["load"] += weights.seconds
+    return work.solved
 
 
 class _Clock:
@@ -134,14 +149,22 @@ def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor], *, 
 
 def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
     """Run the batches through the partition as it will be served, and keep what later partitions read."""
-    handlers: dict[Any, Handler] = {observe: lambda node, args: args[0]}
+    handlers: dict[Any, Handler] = {observe: partial(_round_cache, work)}
     for node in part.nodes:
         leaf = get(node, Leaf)
-        if leaf is not None and leaf.path in work.solved:
+        if leaf is not None and leaf.path in work.solved and node.target not in handlers:
             key = f"{leaf.path}.weight"
             work.weights[key] = dequantize(work.solved[leaf.path].weight, work.weights[key].dtype)
             handlers[node.target] = quantized_handler(work)
     stream.run(part, part.nodes, work.weights, always(handlers), keep=True)
+
+
+def _round_cache(work: PartitionWork, node: Node, args: tuple[Any, ...]) -> Tensor:
+    """Observed keys and values as the cache will hold them; observed inputs are rounded by their linears."""
+    observer = need(node, Observer)
+    x: Tensor = args[0]
+    scale = work.caches.get(observer)
+    return x if scale is None else fake_quantize(x, observer.spec, scale=scale)
 
 
 def quantized_handler(work: PartitionWork) -> Handler:

@@ -18,13 +18,16 @@ from qcompiler.checkpoints.decompress import CompressedReader
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import CheckpointError
+from qcompiler.formats import cache_scale
 from qcompiler.ir.annotations import Quant, set_quant
+from qcompiler.ir.edit import stand_between
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.ops import fake_quantize, quantized_linear
+from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, quantized_linear
 from qcompiler.ir.partition import partitions
 from qcompiler.lowering.rewrite import lower_graph
 from qcompiler.numerics import fake_quantize as round_activations
+from qcompiler.patterns.cache import cached_tensors
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.executor import lazy_weights
 from qcompiler.runtime.stream import Stream, always
@@ -78,6 +81,9 @@ def _lowered_graph(source: ModelSource, reader: CompressedReader) -> Graph:
             set_quant(node, Quant(scheme, "stored", (f"{source.folder.name}: config.json",)))
     graph.kv_cache = reader.config.kv_cache
     lower_graph(graph)
+    if graph.kv_cache is not None:
+        for cached in list(cached_tensors(graph)):
+            stand_between(graph, cached.node, fake_quantize_cache, cached.path, cached.part)
     graph.stage = Stage.LOWERED
     return graph
 
@@ -106,6 +112,7 @@ def logits(lowered: Lowered, batches: Sequence[TokenBatch], device: torch.device
         handlers: dict[Any, Handler] = {
             quantized_linear: partial(_multiply, weights),
             fake_quantize: partial(_round, lowered),
+            fake_quantize_cache: partial(_round_cache, lowered),
         }
         stream.run(part, part.nodes, weights, always(handlers), keep=True)
     return stream.outputs()
@@ -133,6 +140,14 @@ def _round(lowered: Lowered, node: Node, args: tuple[Any, ...]) -> Tensor:
         global_scale=stored.get("input_global_scale"),
     )
     return rounded.reshape(shape)
+
+
+def _round_cache(lowered: Lowered, node: Node, args: tuple[Any, ...]) -> Tensor:
+    x, path, part = args
+    spec = lowered.graph.kv_cache
+    assert spec is not None, f"{path} rounds its cache, and the config does not say how"
+    scale = lowered.reader.read(f"{lowered.source.names.disk_module(path)}.{cache_scale(part)}")
+    return round_activations(x, spec.numbers, scale=scale.to(x.device))
 
 
 def _as_the_library_sees_tokens(x: Tensor) -> Tensor:

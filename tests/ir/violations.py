@@ -9,7 +9,7 @@ from torch import fx
 
 from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, annotate, need
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.ops import fake_quantize, observe
+from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, observe
 from qcompiler.ir.spec import SPECS
 from qcompiler.scheme import QuantSpec, Scheme, Strategy, preset
 from tests.ir.graphs import again, insert, leaf, observers, op, reobserve, requant, without
@@ -70,7 +70,8 @@ def a_method_is_called(graph: Graph) -> fx.Node:
 
 @breaks(
     "known-operation",
-    "it calls double, which is neither an operator of torch nor one of observe, fake_quantize, quantized_linear",
+    "it calls double, which is neither an operator of torch nor one of observe, fake_quantize, fake_quantize_cache, "
+    "quantized_linear",
     module=ACTIVATION,
 )
 def a_function_of_no_meaning_is_called(graph: Graph) -> fx.Node:
@@ -386,3 +387,29 @@ def an_input_is_rounded_for_nothing(graph: Graph) -> fx.Node:
     node = leaf(graph, DOWN)
     node.args = (insert(graph, fake_quantize, node.args[0], DOWN, like=node), *node.args[1:])
     return node
+
+
+@breaks(
+    "names-cache",
+    "it does not name the attention and the part (key or value) whose scale it uses",
+    module=f"(in module {LAYER}.self_attn)",
+)
+def a_rounded_key_names_no_attention(graph: Graph) -> fx.Node:
+    node = next(node for node in graph.nodes if node.target is fake_quantize_cache)
+    node.args = (node.args[0], f"{LAYER}.attention", "key")
+    return node
+
+
+@breaks("names-cache", "it rounds a KV cache that is not quantized", module=f"(in module {LAYER}.self_attn)")
+def a_cache_is_rounded_that_is_not_quantized(graph: Graph) -> fx.Node:
+    graph.kv_cache = None
+    return next(node for node in graph.nodes if node.target is fake_quantize_cache)
+
+
+@breaks("cache-rounded", "the KV cache is quantized, but nothing rounds keys and values", module="")
+def nothing_rounds_a_quantized_cache(graph: Graph) -> fx.Node:
+    for node in graph.nodes:
+        if node.target is fake_quantize_cache:
+            node.replace_all_uses_with(node.args[0])
+            graph.fx.erase_node(node)
+    return graph.nodes[-1]

@@ -9,10 +9,10 @@ import torch
 
 import qcompiler
 from qcompiler.errors import ConfigError, VerificationError
-from qcompiler.ir.annotations import Leaf, Quant, Role, Scope, get, need
+from qcompiler.ir.annotations import Leaf, Observer, Quant, Role, Scope, get, need
 from qcompiler.ir.fx import inputs, value
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.ops import fake_quantize, observe, quantized_linear
+from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, observe, quantized_linear
 from qcompiler.ir.printer import print_leaves
 from qcompiler.ir.spec import verify
 from qcompiler.lowering.rewrite import lower_graph
@@ -100,15 +100,19 @@ def test_inputs_are_rounded_where_schemes_say_so_and_nowhere_else(graphs: tuple[
             assert inputs(node)[0].args[1] == leaf.path
 
 
-def test_observers_are_gone_and_what_they_watched_is_read_as_before(graphs: tuple[Graph, Graph]) -> None:
+def test_observers_are_gone_and_keys_and_values_are_rounded(graphs: tuple[Graph, Graph]) -> None:
     before, after = graphs
     assert any(node.target is observe for node in before.nodes)
     assert not any(node.target is observe for node in after.nodes)
     (attention,) = (n for n in after.nodes if n.name == "scaled_dot_product_attention")
     (watched,) = (n for n in before.nodes if n.name == "scaled_dot_product_attention")
-    assert [n.name for n in inputs(attention)] == [
-        inputs(n)[0].name if n.target is observe else n.name for n in inputs(watched)
-    ]
+    for now, then in zip(inputs(attention), inputs(watched), strict=True):
+        if then.target is not observe:
+            assert now.name == then.name
+            continue
+        observer = need(then, Observer)
+        assert (now.target, now.args[1:]) == (fake_quantize_cache, (observer.consumers[0], observer.purpose))
+        assert inputs(now)[0].name == inputs(then)[0].name
 
 
 def test_a_module_that_runs_twice_is_lowered_at_both_calls() -> None:
