@@ -56,7 +56,11 @@ class Legalize(GraphPass):
         everything = sites(graph)
         violations = check(target, everything, kv_cache=graph.kv_cache, head_sizes=context.source.head_sizes)
         if violations:
-            shown = "\n".join(f"  {v.message} [{v.rule}]; {v.mend}" for v in violations[:_SHOWN])
+            asked = {leaf.path: quant.because for node, leaf in graph.linears() if (quant := get_quant(node))}
+            shown = "\n".join(
+                f"  {v.message} [{v.rule}]; {v.mend}" + "".join(f" ({who})" for who in asked.get(v.site, ()))
+                for v in violations[:_SHOWN]
+            )
             more = f"\n  and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
             raise LegalityError(
                 f"{target.name} cannot load what was assigned, violations: {len(violations)}\n{shown}{more}",

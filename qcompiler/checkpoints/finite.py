@@ -30,11 +30,17 @@ class FiniteTensor(RawTensor):
         """Hand the tensor's bytes to `write`. Raises `CheckpointError` at the first NaN or infinite value."""
         integer, exponent = _EXPONENT.get(self.dtype, (None, 0))
 
+        rest = b""  # a short read may end inside a value
+
         def checked(chunk: bytes) -> object:
+            nonlocal rest
             if integer is not None:
-                bits = np.frombuffer(chunk, dtype=integer) & exponent
+                seen = rest + chunk if rest else chunk
+                whole = len(seen) - len(seen) % np.dtype(integer).itemsize
+                bits = np.frombuffer(seen[:whole], dtype=integer) & exponent
                 if bool((bits == exponent).any()):
                     raise _not_finite(self.key, place(self.reader.meta(self.key)))
+                rest = seen[whole:]
             return write(chunk)
 
         self.reader.copy_bytes(self.key, checked)
