@@ -52,6 +52,7 @@ class _Solve(PartitionStep):
             path = need(node, Leaf).path
             weight = work.weights[f"{path}.weight"]
             solved = self._solve(path, weight, quant, globals_.get(node), measured.get(path))
+            work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
             return path, solved, weight_error(weight, solved.weight).relative
 
         def size(item: tuple[Node, Quant]) -> int:

@@ -120,6 +120,23 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def multiplied_out(quantized: QuantizedTensor) -> Tensor:
+    """The weight [O, I] that the codes and scales stand for, in float32, where no product is rounded."""
+    spec = quantized.spec
+    scale = scale_value(quantized.scale, spec, quantized.global_scale)
+    out = torch.empty(quantized.shape, device=quantized.codes.device)
+    for piece in pieces(spec, quantized.shape, out.device):
+        piece.elements(out).copy_(_values(piece, quantized, scale))
+    return out
+
+
+def _values(piece: Piece, quantized: QuantizedTensor, scale: Tensor) -> Tensor:
+    values = decode(piece.elements(quantized.codes), quantized.spec, torch.float32)
+    if quantized.zero_point is not None:
+        values.sub_(piece.grid(quantized.zero_point))
+    return values.mul_(piece.grid(scale))
+
+
 @dataclass(frozen=True, slots=True)
 class WeightError:
     """How far a quantized weight is from its original. Errors of several weights add up."""
@@ -142,11 +159,8 @@ def weight_error(weight: Tensor, quantized: QuantizedTensor) -> WeightError:
     scale = scale_value(quantized.scale, spec, quantized.global_scale)
     totals = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for piece in pieces(spec, quantized.shape, weight.device):
-        values = decode(piece.elements(quantized.codes), spec, torch.float32)
-        if quantized.zero_point is not None:
-            values.sub_(piece.grid(quantized.zero_point))
         original = piece.elements(weight).to(torch.float32)
-        values.mul_(piece.grid(scale)).sub_(original)
+        values = _values(piece, quantized, scale).sub_(original)
         totals += torch.stack([values.norm(), original.norm()]).to(torch.float64).square_()
     error, norm = totals.tolist()
     return WeightError(error, norm)

@@ -8,7 +8,7 @@ the next is touched, and memory does not grow with depth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -25,6 +25,7 @@ from qcompiler.report import Report
 if TYPE_CHECKING:
     from qcompiler.data.batches import TokenData
     from qcompiler.runtime.statistics import Statistic
+    from qcompiler.runtime.weights import LazyWeights
     from qcompiler.source import ModelSource
 
 
@@ -86,13 +87,13 @@ class Solved:
 class PartitionWork:
     """What a step sees of one partition.
 
-    `weights` are its parameters and buffers by path, in the model's dtype, on the device. `statistics` are what
-    observers collected, by id. Steps fill `solved` (by module path), `caches` (scales of keys and values, by
-    observer) and `extra` (tensors to write besides, by key).
+    `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
+    `statistics` are what observers collected, by id. Steps fill `solved` (by module path), `caches` (scales of keys and
+    values, by observer) and `extra` (tensors to write besides, by key).
     """
 
     partition: Partition
-    weights: MutableMapping[str, Tensor]
+    weights: LazyWeights
     statistics: Mapping[str, Statistic]
     solved: dict[str, Solved] = field(default_factory=dict)
     caches: dict[Observer, Tensor] = field(default_factory=dict)

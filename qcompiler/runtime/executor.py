@@ -153,8 +153,7 @@ def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
     for node in part.nodes:
         leaf = get(node, Leaf)
         if leaf is not None and leaf.path in work.solved and node.target not in handlers:
-            key = f"{leaf.path}.weight"
-            work.weights[key] = dequantize(work.solved[leaf.path].weight, work.weights[key].dtype)
+            work.weights[f"{leaf.path}.weight"] = dequantize(work.solved[leaf.path].weight, stream.dtype)
             handlers[node.target] = quantized_handler(work)
     stream.run(part, part.nodes, work.weights, always(handlers), keep=True)
 

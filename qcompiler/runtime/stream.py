@@ -70,6 +70,12 @@ class Stream:
         self._values: list[dict[Node, Any]] = [{graph.input: batch.input_ids} for batch in batches]
         self._shared: dict[torch.Size, dict[Node, Any]] = {batch.input_ids.shape: {} for batch in batches}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        dtype: torch.dtype = self._graph.model.dtype
+        return dtype
+
     def run(
         self, part: Partition, nodes: Sequence[Node], weights: Mapping[str, Tensor], handlers: Handlers, *, keep: bool
     ) -> None:

@@ -42,6 +42,10 @@ class LazyWeights(MutableMapping[str, Tensor]):
     def __setitem__(self, path: str, value: Tensor) -> None:
         self._held[path] = value
 
+    def release(self, path: str) -> None:
+        """Let go of a tensor. Who asks for it again gets it read again, as it was at first."""
+        self._held[path] = None
+
     def __delitem__(self, path: str) -> None:
         del self._held[path]
 

@@ -1,0 +1,183 @@
+"""GPTQ against an optimal-brain-surgeon oracle in float64, and its defined results where data is scarce."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompiler.numerics import QuantizedTensor, multiplied_out, quantize_weight
+from qcompiler.numerics.elements import round_to_codes, round_to_values
+from qcompiler.numerics.scales import scale_value
+from qcompiler.scheme import PRESETS, QuantSpec, Strategy
+from qcompiler.solvers import GptqOptions, gptq
+from qcompiler.solvers.gptq import output_error
+
+INT4 = PRESETS["W4A16"].weights.model_copy(update={"group_size": 16})
+SPECS = {
+    **{f"int{bits}/g16": INT4.model_copy(update={"bits": bits}) for bits in range(2, 9)},
+    "int4/g16/asym": INT4.model_copy(update={"symmetric": False}),
+    "int4/channel": QuantSpec(bits=4, strategy=Strategy.CHANNEL),
+    "int4/channel/asym": QuantSpec(bits=4, strategy=Strategy.CHANNEL, symmetric=False),
+    "int8/tensor": QuantSpec(bits=8, strategy=Strategy.TENSOR),
+    "int4/block": QuantSpec(bits=4, strategy=Strategy.BLOCK, block_structure=(8, 16)),
+    "fp8/tensor": PRESETS["FP8"].weights,
+    "fp8/channel": PRESETS["FP8_DYNAMIC"].weights,
+    "fp8/block": QuantSpec(type="float", bits=8, strategy=Strategy.BLOCK, block_structure=(7, 16)),
+    "nvfp4": PRESETS["NVFP4"].weights,
+    "mxfp4": PRESETS["MXFP4"].weights,
+    "mxfp8": PRESETS["MXFP8"].weights,
+}
+
+
+def layer(*, rows: int = 24, columns: int = 64, tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the Hessian of correlated inputs of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator) ** 3
+    inputs = torch.randn(tokens, columns, generator=generator) @ mix
+    return torch.randn(rows, columns, generator=generator), inputs.T @ inputs
+
+
+def nearest(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    return quantize_weight(weight, spec, scales="mse", scale_dtype=torch.float32)
+
+
+def by_element(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every element [O, I], in float64."""
+    rows, columns = quantized.shape
+    scale = scale_value(quantized.scale, quantized.spec, quantized.global_scale).double()
+    zero = torch.zeros_like(scale) if quantized.zero_point is None else quantized.zero_point.double()
+    if scale.ndim == 1:
+        scale, zero = scale[None], zero[None]
+
+    def spread(grid: Tensor) -> Tensor:
+        tall, wide = -(-rows // grid.shape[0]), -(-columns // grid.shape[1])
+        if quantized.spec.block_structure:
+            tall, wide = quantized.spec.block_structure
+        return grid.repeat_interleave(tall, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+
+    return spread(scale), spread(zero)
+
+
+def brain_surgeon(weight: Tensor, hessian: Tensor, start: QuantizedTensor, order: list[int], damping: float) -> Tensor:
+    """Hassibi and Stork's update, column by column, with the inverse Hessian written out; weights in float64."""
+    left = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian)).double()
+    inverse = torch.linalg.inv(left)
+    scale, zero = by_element(start)
+    w, out = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    for j in order:
+        values = round_to_values((w[:, j] / scale[:, j] + zero[:, j]).float(), start.spec).double()
+        out[:, j] = (values - zero[:, j]) * scale[:, j]
+        w -= torch.outer((w[:, j] - out[:, j]) / inverse[j, j], inverse[j])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        inverse[j, j] = 1  # gone: its row and column are zero
+    return out
+
+
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("name", SPECS)
+def test_codes_are_those_of_the_optimal_brain_surgeon(name: str, order: str) -> None:
+    weight, hessian = layer()
+    start = nearest(weight, SPECS[name])
+    solved, outcome = gptq(weight, hessian, start, GptqOptions.model_validate({"order": order}))
+    columns = list(range(64)) if order == "natural" else torch.argsort(-hessian.diagonal(), stable=True).tolist()
+    oracle = brain_surgeon(weight, hessian, start, columns, outcome.damping)
+    scale, zero = by_element(solved)
+    expected = round_to_codes((oracle / scale + zero).float(), start.spec).to(solved.codes.dtype)
+    same = solved.codes.view(torch.uint8) == expected.view(torch.uint8)
+    assert same.float().mean() > 0.998  # float32 against float64: what is nearly halfway may go either way
+    assert outcome.error == pytest.approx(
+        float(((weight - oracle) @ hessian.double() * (weight - oracle)).sum()), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_output_changes_less_than_by_rounding_to_nearest(name: str) -> None:
+    weight, hessian = layer(rows=64, seed=1)
+    start = nearest(weight, SPECS[name])
+    solved, outcome = gptq(weight, hessian, start, GptqOptions())
+    assert outcome.error < outcome.before
+    assert outcome.error == pytest.approx(output_error(weight, solved, hessian))
+    difference = (weight - multiplied_out(solved)).double()
+    assert outcome.error == pytest.approx(float((difference @ hessian.double() * difference).sum()), rel=1e-4)
+    assert torch.equal(solved.scale.float(), start.scale.float())
+
+
+@pytest.mark.parametrize("name", ["int4/g16/asym", "int4/channel", "nvfp4"])
+def test_stacked_layers_are_solved_as_they_are_alone(name: str) -> None:
+    weight, hessian = layer(rows=60, columns=160)
+    start = nearest(weight, SPECS[name])
+    whole, _ = gptq(weight, hessian, start, GptqOptions())
+    for rows in (slice(0, 32), slice(32, 48), slice(48, 60)):
+        zero = None if start.zero_point is None else start.zero_point[rows]
+        shape = (rows.stop - rows.start, 160)
+        part = replace(start, shape=shape, codes=start.codes[rows], scale=start.scale[rows], zero_point=zero)
+        alone, _ = gptq(weight[rows], hessian, part, GptqOptions())
+        assert torch.equal(alone.codes.view(torch.uint8), whole.codes[rows].view(torch.uint8))
+
+
+def test_the_block_size_changes_nothing_but_rounding() -> None:
+    weight, hessian = layer(rows=40, columns=200)
+    start = nearest(weight, SPECS["int4/channel"])
+    codes = [gptq(weight, hessian, start, GptqOptions(block_size=size))[0].codes for size in (1, 7, 128, 4096)]
+    assert all((other != codes[0]).float().mean() < 1e-3 for other in codes)
+
+
+def test_inputs_and_weights_stay_as_they_were() -> None:
+    weight, hessian = layer()
+    before = weight.clone(), hessian.clone()
+    gptq(weight, hessian, nearest(weight, INT4), GptqOptions())
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])
+
+
+def test_dead_inputs_are_rounded_to_nearest() -> None:
+    weight, hessian = layer()
+    dead = [3, 17, 18]
+    hessian[dead], hessian[:, dead] = 0, 0
+    start = nearest(weight, INT4)
+    solved, outcome = gptq(weight, hessian, start, GptqOptions())
+    assert outcome.dead_columns == 3
+    assert torch.equal(solved.codes[:, dead], start.codes[:, dead])
+
+
+def test_a_hessian_of_zeros_means_rounding_to_nearest() -> None:
+    weight, hessian = layer()
+    start = nearest(weight, INT4)
+    solved, outcome = gptq(weight, torch.zeros_like(hessian), start, GptqOptions())
+    assert torch.equal(solved.codes, start.codes)
+    assert (outcome.error, outcome.before, outcome.dead_columns) == (0.0, 0.0, 64)
+
+
+def test_fewer_tokens_than_columns_are_enough() -> None:
+    weight, hessian = layer(tokens=10)
+    solved, outcome = gptq(weight, hessian, nearest(weight, INT4), GptqOptions())
+    assert outcome.error < 0.5 * outcome.before  # ten directions matter, and there are 64 columns to serve them
+    assert outcome.damping == 0.01
+    assert solved.codes.abs().max() <= 8
+
+
+def test_rows_of_zeros_get_codes_of_zero() -> None:
+    weight, hessian = layer()
+    weight[5] = 0
+    solved, _ = gptq(weight, hessian, nearest(weight, INT4), GptqOptions())
+    assert not solved.codes[5].any()
+
+
+def test_damping_grows_until_the_hessian_is_positive_and_says_so() -> None:
+    weight, hessian = layer()
+    hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(64)  # rounding can do this to a singular one
+    _, outcome = gptq(weight, hessian, nearest(weight, INT4), GptqOptions(damping=0.001))
+    assert outcome.damping == pytest.approx(0.1)
+
+
+def test_a_hessian_that_cannot_be_one_is_refused() -> None:
+    weight, hessian = layer()
+    start = nearest(weight, INT4)
+    with pytest.raises(ValueError, match="not positive definite even with a damping of 1"):
+        gptq(weight, -hessian + 3 * torch.diag(hessian.diagonal()).sqrt(), start, GptqOptions())
+    hessian[2, 2] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        gptq(weight, hessian, start, GptqOptions())
