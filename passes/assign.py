@@ -18,6 +18,7 @@ from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, QuantSpec, Scheme, SchemeField, Strategy
 from qcompiler.select import Select, Selection
+from qcompiler.solvers.options import GptqOptions, RtnOptions, SolverField
 
 Find = Callable[[Select, Sequence[Node]], Selection]
 
@@ -29,7 +30,7 @@ class Rule(BaseModel):
 
     select: Select
     scheme: SchemeField | None
-    solver: Literal["rtn"] = "rtn"
+    solver: SolverField = RtnOptions()
     optional: bool = False
     override: bool = False
 
@@ -112,7 +113,7 @@ class Assign(GraphPass):
                 )
             because = (who,) if present is None else (who, f"over {present.because[0]}")
             scheme, why = self._fitting(rule.scheme, leaf, who, context)
-            set_quant(node, Quant(scheme, rule.solver if scheme else "none", (*because, *why)), replacing=present)
+            set_quant(node, _decided(scheme, rule, (*because, *why)), replacing=present)
 
     def _fitting(
         self, scheme: Scheme | None, leaf: Leaf, who: str, context: Context
@@ -159,6 +160,13 @@ class _Scope:
             return f" (only {kinds}: {others[0].path}, which is not quantized)"
         hidden = self.find(wanted, list(self.ignored)).nodes if self.ignored else ()
         return f" ({need(hidden[0], Leaf).path} is hidden by {self.ignored[hidden[0]]})" if hidden else ""
+
+
+def _decided(scheme: Scheme | None, rule: Rule, because: tuple[str, ...]) -> Quant:
+    if scheme is None:
+        return Quant(None, "none", because)
+    options = rule.solver if isinstance(rule.solver, GptqOptions) else None
+    return Quant(scheme, rule.solver.name, because, options)
 
 
 def _check_fusion(graph: Graph) -> None:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from qcompiler.errors import CheckpointError
-from qcompiler.ir.annotations import Leaf, Observer, Quant, Role, get, get_quant, need
+from qcompiler.errors import CheckpointError, DataError
+from qcompiler.ir.annotations import Leaf, Quant, Role, get, get_quant, need
 from qcompiler.ir.fx import Node
-from qcompiler.ir.graph import Graph, Partition, Stage
-from qcompiler.ir.ops import observe
-from qcompiler.numerics import nvfp4_global_scale, quantize_weight, weight_amax, weight_error
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.numerics import (
+    QuantizedTensor,
+    WeightError,
+    nvfp4_global_scale,
+    quantize_weight,
+    weight_amax,
+    weight_error,
+)
 from qcompiler.pipeline import Context, PartitionStep, PartitionWork, StreamingPass
 from qcompiler.pipeline.base import Solved
+from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
+from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq
+from qcompiler.solvers.options import GptqOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(StreamingPass):
-    """Round to nearest, with the scales of each weight's range (`minmax`) or those of least squared error (`mse`)."""
+    """Choose scales and round every weight, as its rule's solver does.
+
+    `scales`: those of each weight's range (`minmax`) or of least squared error (`mse`). Solver `rtn` rounds to nearest;
+    `gptq` rounds column by column, and spreads each one's error over those that are left.
+    """
 
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
@@ -33,6 +46,11 @@ class Calibrate(StreamingPass):
 
     def begin(self, graph: Graph, context: Context) -> PartitionStep:
         return _Solve(self, graph, context)
+
+
+Item = tuple[Node, Quant]
+R = TypeVar("R")
+S = TypeVar("S", Statistic, HessianStatistic)
 
 
 class _Solve(PartitionStep):
@@ -45,25 +63,55 @@ class _Solve(PartitionStep):
     def partition(self, work: PartitionWork) -> None:
         todo = [(node, quant) for node in work.partition.nodes if (quant := self._todo(node)) is not None]
         globals_ = _global_scales(todo, work.weights)
-        measured = _measured(work.partition, work.statistics)
+        measured = _by_consumer(s for s in work.statistics.ranges.values() if s.observer.purpose == "input")
+        factored = self._factor(todo, work)
 
-        def solve(item: tuple[Node, Quant]) -> tuple[str, Solved, float]:
+        def solve(item: tuple[Node, Quant]) -> tuple[str, Solved, WeightError, Outcome | None]:
             node, quant = item
             path = need(node, Leaf).path
             weight = work.weights[f"{path}.weight"]
-            solved = self._solve(path, weight, quant, globals_.get(node), measured.get(path))
+            rounded, outcome = self._nearest(path, weight, quant, globals_.get(node)), None
+            if path in factored and quant.options is not None:
+                rounded, outcome = gptq(weight, factored[path], rounded, quant.options)
             work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
-            return path, solved, weight_error(weight, solved.weight).relative
+            return path, self._with_input(rounded, measured.get(path)), weight_error(weight, rounded), outcome
 
-        def size(item: tuple[Node, Quant]) -> int:
-            return need(item[0], Leaf).parameters
-
-        for path, solved, error in in_parallel(solve, todo, device=self._context.device, size=size):
+        for path, solved, error, outcome in self._in_parallel(solve, todo):
             work.solved[path] = solved
-            self._context.report.row(path).error = error
-        for statistic in work.statistics.values():
+            self._tell(path, error, outcome)
+        for statistic in work.statistics.ranges.values():
             if statistic.observer.purpose != "input":
                 work.caches[statistic.observer], _ = statistic.qparams(self._context.source.dtype)
+
+    def _in_parallel(self, solve: Callable[[Item], R], todo: Sequence[Item]) -> list[R]:
+        return in_parallel(solve, todo, device=self._context.device, size=lambda item: need(item[0], Leaf).parameters)
+
+    def _factor(self, todo: Sequence[Item], work: PartitionWork) -> dict[str, Factored]:
+        """The factored Hessian of each linear that is solved with one: one for all that read the same tensor."""
+        hessians = _by_consumer(work.statistics.hessians.values())
+        wanted = {path: quant.options for node, quant in todo if (path := need(node, Leaf).path) in hessians}
+        jobs = list(dict.fromkeys((hessians[path], options) for path, options in wanted.items() if options is not None))
+
+        def run(job: tuple[HessianStatistic, GptqOptions]) -> Factored:
+            statistic, options = job
+            try:
+                return factor(statistic.value(), options)
+            except ValueError as error:
+                raise DataError(
+                    f"{', '.join(statistic.observer.consumers)} cannot be solved: {error}",
+                    hint="use more calibration data, a larger damping, or solver rtn",
+                ) from error
+
+        made = dict(zip(jobs, in_parallel(run, jobs, device=self._context.device), strict=True))
+        return {path: made[hessians[path], options] for path, options in wanted.items() if options is not None}
+
+    def _tell(self, path: str, error: WeightError, outcome: Outcome | None) -> None:
+        row = self._context.report.row(path)
+        row.error = error.relative
+        if outcome is None:
+            return
+        row.output_error, row.nearest_output_error = outcome.relative(outcome.error), outcome.relative(outcome.before)
+        row.damping, row.dead_columns = outcome.damping, outcome.dead_columns
 
     def _todo(self, node: Node) -> Quant | None:
         leaf, quant = get(node, Leaf), get_quant(node)
@@ -72,17 +120,14 @@ class _Solve(PartitionStep):
         self._done.add(leaf.path)  # a module that runs twice has one weight
         return quant
 
-    def _solve(
-        self, path: str, weight: Tensor, quant: Quant, global_scale: Tensor | None, statistic: Statistic | None
-    ) -> Solved:
+    def _nearest(self, path: str, weight: Tensor, quant: Quant, global_scale: Tensor | None) -> QuantizedTensor:
         assert quant.scheme is not None
-        dtype = self._context.source.dtype
         try:
-            rounded = quantize_weight(
+            return quantize_weight(
                 weight,
                 quant.scheme.weights,
                 scales=self._options.scales,
-                scale_dtype=dtype,
+                scale_dtype=self._context.source.dtype,
                 global_scale=global_scale,
             )
         except ValueError as error:
@@ -90,11 +135,13 @@ class _Solve(PartitionStep):
                 f"{path}.weight cannot be quantized: {error}",
                 hint="the checkpoint is damaged or overflowed its dtype; ignore this layer to keep it as it is",
             ) from error
+
+    def _with_input(self, rounded: QuantizedTensor, statistic: Statistic | None) -> Solved:
         if statistic is None:
             return Solved(rounded)
         if statistic.observer.spec.is_nvfp4:
             return Solved(rounded, input_global_scale=statistic.global_scale())
-        scale, zero = statistic.qparams(dtype)
+        scale, zero = statistic.qparams(self._context.source.dtype)
         return Solved(rounded, input_scale=scale, input_zero_point=zero)
 
     def finish(self) -> None:
@@ -115,7 +162,6 @@ def _global_scales(todo: list[tuple[Node, Quant]], weights: Mapping[str, Tensor]
     return found
 
 
-def _measured(partition: Partition, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-    """The statistic of each linear whose input was observed, by module path."""
-    observers = [need(node, Observer) for node in partition.nodes if node.target is observe]
-    return {path: statistics[o.id] for o in observers if o.purpose == "input" for path in o.consumers}
+def _by_consumer(statistics: Iterable[S]) -> dict[str, S]:
+    """The statistic of each linear that uses one, by module path."""
+    return {path: statistic for statistic in statistics for path in statistic.observer.consumers}

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from qcompiler.errors import LegalityError
-from qcompiler.ir.annotations import Leaf, Observer, Role, annotate, get_quant, need
+from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, Role, annotate, get_quant, need, observed
 from qcompiler.ir.edit import insert, stand_between
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
@@ -19,6 +19,7 @@ from qcompiler.patterns.cache import cached_tensors
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, QuantSpec
+from qcompiler.solvers.options import NEED_HESSIAN
 
 Kind = Literal["minmax", "mse", "percentile"]
 
@@ -42,6 +43,7 @@ class InsertObservers(GraphPass):
 
     def run(self, graph: Graph, context: Context) -> None:
         self._observe_inputs(graph)
+        self._observe_hessians(graph)
         if graph.kv_cache is not None:
             self._observe_cache(graph, graph.kv_cache)
         _check_partitions(graph)
@@ -69,6 +71,27 @@ class InsertObservers(GraphPass):
             for reader in readers:
                 reader.replace_input_with(source, observed)
 
+    def _observe_hessians(self, graph: Graph) -> None:
+        """One Hessian for all linears that read one tensor and whose solver needs it."""
+        watched: dict[Node, list[Node]] = {}
+        for node, _ in graph.linears():
+            quant = get_quant(node)
+            if quant is not None and quant.scheme is not None and quant.solver in NEED_HESSIAN:
+                watched.setdefault(_unobserved(node), []).append(node)
+        ids: dict[str, str] = {}  # by module: its calls share one
+        for source, linears in watched.items():
+            paths = tuple(need(node, Leaf).path for node in linears)
+            group = need(linears[0], Role).input_group
+            id_ = next((ids[path] for path in paths if path in ids), f"{group}.hessian")
+            ids |= dict.fromkeys(paths, id_)
+            solvers = sorted({quant.solver for node in linears if (quant := get_quant(node))})
+            observer = HessianObserver(id_, paths, (f"{self.name}: {', '.join(solvers)} needs it",))
+            readers = [user for user in source.users if user in linears or user.target is observe]
+            collected = insert(graph, observe, (source,), before=_first(graph, readers), like=source)
+            annotate(collected, observer)
+            for reader in readers:
+                reader.replace_input_with(source, collected)
+
     def _observe_cache(self, graph: Graph, spec: KVCacheSpec) -> None:
         because = f"{self.name}: the KV cache is quantized to fp8 per {spec.strategy}"
         found = list(cached_tensors(graph))
@@ -83,23 +106,45 @@ class InsertObservers(GraphPass):
             annotate(observed, Observer(id_, self.kv_cache, spec.numbers, cached.part, (cached.path,), (because,)))
 
 
+def _unobserved(linear: Node) -> Node:
+    """The tensor that a linear reads, whoever else looks at it."""
+    node = tensor_arg(linear, 0)
+    while node is not None and node.target is observe:
+        node = tensor_arg(node, 0)
+    assert node is not None, f"%{linear.name} reads no tensor"
+    return node
+
+
+def _first(graph: Graph, nodes: list[Node]) -> Node:
+    return next(node for node in graph.nodes if node in nodes)
+
+
 def _check_partitions(graph: Graph) -> None:
     """Calibration sees one partition at a time, so what one statistic takes in must lie in one."""
     observers: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.target is observe:
-            observers.setdefault(need(node, Observer).id, []).append(node)
+        if (observer := observed(node)) is not None:
+            observers.setdefault(observer.id, []).append(node)
     if all(len(nodes) == 1 for nodes in observers.values()):
         return
     place = {node: part.name for part in partitions(graph) for node in part.nodes}
     for nodes in observers.values():
         names = dict.fromkeys(place[node] for node in nodes)
         if len(names) > 1:
-            observer = need(nodes[0], Observer)
-            raise LegalityError(
-                f"{observer.consumers[0]} runs in several partitions ({', '.join(names)}): no static scale of its "
-                f"{observer.purpose} can be measured, because calibration sees one partition at a time",
-                hint="use a scheme whose activations are dynamic, or ignore this layer"
-                if observer.purpose == "input"
-                else "remove kv_cache from assign",
-            )
+            message, mend = _torn(observed(nodes[0]), ", ".join(names))
+            raise LegalityError(message, hint=mend)
+
+
+def _torn(observer: Observer | HessianObserver | None, places: str) -> tuple[str, str]:
+    assert observer is not None
+    what, mend = "Hessian of its inputs", "use solver rtn, or ignore this layer"
+    if isinstance(observer, Observer):
+        what = f"static scale of its {observer.purpose}"
+        mend = "use a scheme whose activations are dynamic, or ignore this layer"
+        if observer.purpose != "input":
+            mend = "remove kv_cache from assign"
+    return (
+        f"{observer.consumers[0]} runs in several partitions ({places}): no {what} can be measured, because "
+        "calibration sees one partition at a time",
+        mend,
+    )

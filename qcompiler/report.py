@@ -35,6 +35,10 @@ class LayerRow:
     dense_bytes: int
     bits_per_weight: float
     error: float | None = None
+    output_error: float | None = None
+    nearest_output_error: float | None = None
+    damping: float | None = None
+    dead_columns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from qcompiler.errors import VerificationError
 from qcompiler.ir.fx import Node
 from qcompiler.scheme import QuantSpec, Scheme
+from qcompiler.solvers.options import GptqOptions
 
 
 class LeafKind(StrEnum):
@@ -78,11 +79,15 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Quant:
-    """What becomes of a linear. `scheme` None means it stays dense on purpose; `because` says who decided."""
+    """What becomes of a linear. `scheme` None means it stays dense on purpose; `because` says who decided.
+
+    `solver` names what rounds its weight, `options` are the solver's where it has any.
+    """
 
     scheme: Scheme | None
     solver: str
     because: tuple[str, ...]
+    options: GptqOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,19 @@ class Observer:
     percentile: float = 99.99
 
 
-Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer)
+@dataclass(frozen=True, slots=True)
+class HessianObserver:
+    """X^T X of what passes where an `observe` node stands, for the solvers of the modules in `consumers`.
+
+    `id` names the statistic: nodes that share an id share it.
+    """
+
+    id: str
+    consumers: tuple[str, ...]
+    because: tuple[str, ...]
+
+
+Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer, HessianObserver)
 _KEY = "qcompiler"
 
 
@@ -134,6 +151,11 @@ def annotate(node: Node, annotation: Annotation, *, replacing: Annotation | None
             hint="read the annotation first and pass it as replacing=",
         )
     node.meta[_KEY] = {**node.meta.get(_KEY, {}), kind: annotation}
+
+
+def observed(node: Node) -> Observer | HessianObserver | None:
+    """What an `observe` node collects; None for any other node."""
+    return get(node, Observer) or get(node, HessianObserver)
 
 
 def get_quant(node: Node) -> Quant | None:

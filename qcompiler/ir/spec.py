@@ -11,12 +11,24 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from qcompiler.errors import VerificationError
-from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, Scope, get, get_quant
+from qcompiler.ir.annotations import (
+    HessianObserver,
+    Leaf,
+    LeafKind,
+    Observer,
+    Quant,
+    Role,
+    Scope,
+    get,
+    get_quant,
+    observed,
+)
 from qcompiler.ir.fx import Node, is_operator, is_tensor, op_name, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache, observe, quantized_linear
 from qcompiler.ir.printer import Printer
 from qcompiler.scheme import Scheme
+from qcompiler.solvers.options import NEED_HESSIAN
 
 Broken = Iterator[tuple[Node, str]]
 
@@ -170,10 +182,11 @@ def _has_disk_form(node: Node) -> str | None:
 
 
 def _observe_annotated(node: Node) -> str | None:
-    if node.target is observe and get(node, Observer) is None:
+    found = observed(node)
+    if node.target is observe and found is None:
         return "an observe node does not say what it collects"
-    if get(node, Observer) is not None and node.target is not observe:
-        return "an Observer annotation stands on a node that observes nothing"
+    if found is not None and node.target is not observe:
+        return f"an {type(found).__name__} annotation stands on a node that observes nothing"
     return None
 
 
@@ -196,6 +209,18 @@ def _statistics_observed(node: Node) -> str | None:
     if observer.spec != scheme.input_activations:
         return f"its input is {_short(scheme)}, but the observer before it measures {observer.spec.short}"
     return None
+
+
+def _hessian_observed(node: Node) -> str | None:
+    leaf, quant, source = get(node, Leaf), get_quant(node), tensor_arg(node, 0)
+    if leaf is None or quant is None or quant.scheme is None or quant.solver not in NEED_HESSIAN:
+        return None
+    while source is not None and source.target is observe:
+        observer = get(source, HessianObserver)
+        if observer is not None and leaf.path in observer.consumers:
+            return None
+        source = tensor_arg(source, 0)
+    return f"solver {quant.solver} needs the Hessian of its inputs, and no observer before it collects one"
 
 
 def _short(scheme: Scheme) -> str:
@@ -331,6 +356,7 @@ _WATCHED = (
     _each("observe-annotated", _observe_annotated),
     _each("observe-reads-tensor", _observe_reads_tensor),
     _each("statistics-observed", _statistics_observed),
+    _each("hessian-observed", _hessian_observed),
     Rule("observer-shared", _observer_shared),
     Rule("observer-consistent", _observer_consistent),
     Rule("cache-observed", _cache_observed),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompiler.ir.annotations import Observer, Role, annotate, get_quant, need, set_quant
+from qcompiler.ir.annotations import Observer, Role, annotate, get, get_quant, need, set_quant
 from qcompiler.ir.edit import insert
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph
@@ -37,9 +37,9 @@ def lower_graph(graph: Graph) -> None:
 
 
 def _lower_observer(graph: Graph, node: Node) -> None:
-    source, observer = tensor_arg(node, 0), need(node, Observer)
+    source, observer = tensor_arg(node, 0), get(node, Observer)
     assert source is not None
-    if observer.purpose != "input":
+    if observer is not None and observer.purpose != "input":
         args = (source, observer.consumers[0], observer.purpose)
         source = insert(graph, fake_quantize_cache, args, before=node, like=node)
     node.replace_all_uses_with(source)

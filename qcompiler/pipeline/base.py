@@ -24,6 +24,7 @@ from qcompiler.report import Report
 
 if TYPE_CHECKING:
     from qcompiler.data.batches import TokenData
+    from qcompiler.runtime.hessian import HessianStatistic
     from qcompiler.runtime.statistics import Statistic
     from qcompiler.runtime.weights import LazyWeights
     from qcompiler.source import ModelSource
@@ -83,18 +84,26 @@ class Solved:
     input_global_scale: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What observers collected in one partition, by id: ranges of activations, and Hessians for solvers."""
+
+    ranges: Mapping[str, Statistic]
+    hessians: Mapping[str, HessianStatistic]
+
+
 @dataclass(slots=True)
 class PartitionWork:
     """What a step sees of one partition.
 
     `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
-    `statistics` are what observers collected, by id. Steps fill `solved` (by module path), `caches` (scales of keys and
+    `statistics` are what observers collected. Steps fill `solved` (by module path), `caches` (scales of keys and
     values, by observer) and `extra` (tensors to write besides, by key).
     """
 
     partition: Partition
     weights: LazyWeights
-    statistics: Mapping[str, Statistic]
+    statistics: Statistics = field(default_factory=lambda: Statistics({}, {}))
     solved: dict[str, Solved] = field(default_factory=dict)
     caches: dict[Observer, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)

@@ -20,14 +20,15 @@ from torch.nn import functional
 
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import DataError
-from qcompiler.ir.annotations import Leaf, Observer, get, get_quant, need
+from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, get, get_quant, need, observed
 from qcompiler.ir.fx import Node, ancestors
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.numerics import dequantize, fake_quantize
-from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved
+from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved, Statistics
 from qcompiler.runtime.evaluate import Handler
+from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.runtime.stream import Stream, always, tensor_paths
 from qcompiler.runtime.weights import LazyWeights
@@ -78,12 +79,10 @@ def _run_partition(
     """
     weights = lazy_weights(graph, part, context.source, context.device)
     called = {leaf.path for node in part.nodes if (leaf := get(node, Leaf))}
-    work = PartitionWork(
-        part, weights, statistics={}, solved={path: carried[path] for path in called if path in carried}
-    )
+    work = PartitionWork(part, weights, solved={path: carried[path] for path in called if path in carried})
     clock = _Clock(weights)
     if stream is not None:
-        work.statistics = _collect(part, stream, weights, final=final)
+        work.statistics = _collect(part, stream, weights)
         spent.parts["forward: collect"] += clock.lap()
     for number, step in enumerate(steps):
         step.partition(work)
@@ -127,24 +126,31 @@ def _batches(context: Context) -> tuple[TokenBatch, ...]:
     return context.data.batches
 
 
-def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor], *, final: bool) -> dict[str, Statistic]:
+def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor]) -> Statistics:
     """Run the batches through the dense partition and return what its observers saw."""
-    watched = _observers(part)
-    statistics = {(o := need(node, Observer)).id: Statistic(o) for node in watched}
+    watched = {node: observer for node in part.nodes if (observer := observed(node)) is not None}
+    found = Statistics(
+        ranges={o.id: Statistic(o) for o in watched.values() if isinstance(o, Observer)},
+        hessians={o.id: HessianStatistic(o) for o in watched.values() if isinstance(o, HessianObserver)},
+    )
 
     def handler(mask: Tensor) -> Handler:
         def handle(node: Node, args: tuple[Any, ...]) -> Any:
-            statistics[need(node, Observer).id].update(args[0], mask)
+            observer = watched[node]
+            if isinstance(observer, HessianObserver):
+                found.hessians[observer.id].update(args[0], mask)
+            else:
+                found.ranges[observer.id].update(args[0], mask)
             return args[0]
 
         return handle
 
-    # Nothing after the last observer of the last observed partition matters.
-    needed = ancestors(watched) if final else None
-    nodes = tuple(node for node in part.nodes if needed is None or node in needed)
+    # What no observer depends on is not needed in this run: the last linear, for one.
+    needed = ancestors(watched)
+    nodes = tuple(node for node in part.nodes if node in needed)
     if watched:
         stream.run(part, nodes, weights, lambda batch: {observe: handler(batch.token_mask)}, keep=False)
-    return statistics
+    return found
 
 
 def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
@@ -160,10 +166,10 @@ def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
 
 def _round_cache(work: PartitionWork, node: Node, args: tuple[Any, ...]) -> Tensor:
     """Observed keys and values as the cache will hold them; observed inputs are rounded by their linears."""
-    observer = need(node, Observer)
+    observer = get(node, Observer)
     x: Tensor = args[0]
-    scale = work.caches.get(observer)
-    return x if scale is None else fake_quantize(x, observer.spec, scale=scale)
+    scale = work.caches.get(observer) if observer is not None else None
+    return x if observer is None or scale is None else fake_quantize(x, observer.spec, scale=scale)
 
 
 def quantized_handler(work: PartitionWork) -> Handler:

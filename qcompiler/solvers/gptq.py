@@ -13,64 +13,71 @@ Scales are fixed before the first column, whatever the order ("static" activatio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from qcompiler.numerics import QuantizedTensor, multiplied_out
 from qcompiler.numerics.elements import round_to_codes, round_to_values
 from qcompiler.numerics.scales import scale_value
 from qcompiler.scheme import Strategy
+from qcompiler.solvers.options import MAX_DAMPING, GptqOptions
 
 _INNER = 32
-_MAX_DAMPING = 1.0
-
-
-class GptqOptions(BaseModel):
-    """`damping` is added to the Hessian's diagonal, as a share of its mean; it grows tenfold where that is too little.
-
-    `order`: columns of large activations first (`activation`, static), or as they stand. `block_size`: how many
-    columns are solved before their error is brought to the rest; it changes speed, and results by rounding alone.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    damping: float = Field(default=0.01, gt=0, le=_MAX_DAMPING)
-    order: Literal["activation", "natural"] = "activation"
-    block_size: int = Field(default=128, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a solve. `error` is tr((W - Q) H (W - Q)^T), `before` that of the weight it started from."""
+    """What came of a solve: tr((W - Q) H (W - Q)^T), the same of rounding to nearest (`before`), and tr(W H W^T)."""
 
     error: float
     before: float
+    size: float
+    damping: float
+    dead_columns: int
+
+    def relative(self, error: float) -> float:
+        """An error as a share of the output's size; 0 where the output is always zero."""
+        return error / self.size if self.size > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """A Hessian made ready, for every layer that reads the same inputs: see `factor`."""
+
+    hessian: Tensor
+    order: Tensor
+    feedback: Tensor
     damping: float
     dead_columns: int
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, nearest: QuantizedTensor, options: GptqOptions
-) -> tuple[QuantizedTensor, Outcome]:
-    """Round a weight [O, I] with the scales and zero points of `nearest`, its rounding to nearest.
+def factor(hessian: Tensor, options: GptqOptions) -> Factored:
+    """Order, damp and factor a Hessian X^T X over the inputs X [tokens, I] of a layer: float32 [I, I], not changed.
 
-    hessian: X^T X over the inputs X [tokens, I] of the layer, float32 [I, I], on the weight's device; not changed.
-    Rows do not depend on one another: layers with one Hessian can be stacked. An input that is always zero (a dead
-    column) is rounded to nearest, where the paper sets its weights to zero: both give the same output.
-
-    Raises `ValueError` where the Hessian is not finite, or not positive even with a damping of 1.
+    Raises `ValueError` where it is not finite, or not positive even with a damping of 1.
     """
     if not bool(hessian.diagonal().isfinite().all()):
         raise ValueError("the Hessian has NaN or infinite values")
     order = _order(hessian, options)
     damped, dead = _prepared(hessian, order)
-    factor, damping = _factor(damped, options.damping)
-    values = _solve(weight, nearest, order, factor, options.block_size)
-    solved = replace(nearest, codes=_codes(values, nearest, order))
-    return solved, Outcome(output_error(weight, solved, hessian), output_error(weight, nearest, hessian), damping, dead)
+    feedback, damping = _factor(damped, options.damping)
+    return Factored(hessian, order, feedback, damping, dead)
+
+
+def gptq(
+    weight: Tensor, factored: Factored, nearest: QuantizedTensor, options: GptqOptions
+) -> tuple[QuantizedTensor, Outcome]:
+    """Round a weight [O, I] with the scales and zero points of `nearest`, its rounding to nearest.
+
+    Rows do not depend on one another: layers with one Hessian can be stacked. An input that is always zero (a dead
+    column) is rounded to nearest, where the paper sets its weights to zero: both give the same output.
+    """
+    values = _solve(weight, nearest, factored.order, factored.feedback, options.block_size)
+    solved = replace(nearest, codes=_codes(values, nearest, factored.order))
+    error, before = (output_error(weight, quantized, factored.hessian) for quantized in (solved, nearest))
+    size = output_size(weight, factored.hessian)
+    return solved, Outcome(error, before, size, factored.damping, factored.dead_columns)
 
 
 def _order(hessian: Tensor, options: GptqOptions) -> Tensor:
@@ -97,9 +104,9 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not bool(failed):
             break
-        if damping >= _MAX_DAMPING:
+        if damping >= MAX_DAMPING:
             raise ValueError(f"the Hessian is not positive definite even with a damping of {damping:g}")
-        added, damping = damping, min(10 * damping, _MAX_DAMPING)
+        added, damping = damping, min(10 * damping, MAX_DAMPING)
     upper = lower.flip(0, 1)
     return upper.div_(upper.diagonal().clone()).triu_(1), damping
 
@@ -177,3 +184,9 @@ def output_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) ->
     """tr((W - Q) H (W - Q)^T): the squared error of the layer's output, summed over what the Hessian saw."""
     difference = weight.float() - multiplied_out(quantized)
     return float((difference @ hessian).mul_(difference).sum(dtype=torch.float64))
+
+
+def output_size(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W H W^T): the squared output of the layer, summed over what the Hessian saw."""
+    original = weight.float()
+    return float((original @ hessian).mul_(original).sum(dtype=torch.float64))

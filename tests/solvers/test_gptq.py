@@ -12,8 +12,9 @@ from qcompiler.numerics import QuantizedTensor, multiplied_out, quantize_weight
 from qcompiler.numerics.elements import round_to_codes, round_to_values
 from qcompiler.numerics.scales import scale_value
 from qcompiler.scheme import PRESETS, QuantSpec, Strategy
-from qcompiler.solvers import GptqOptions, gptq
-from qcompiler.solvers.gptq import output_error
+from qcompiler.solvers import gptq as solver
+from qcompiler.solvers.gptq import Outcome, factor, output_error
+from qcompiler.solvers.options import GptqOptions
 
 INT4 = PRESETS["W4A16"].weights.model_copy(update={"group_size": 16})
 SPECS = {
@@ -42,6 +43,12 @@ def layer(*, rows: int = 24, columns: int = 64, tokens: int = 400, seed: int = 0
 
 def nearest(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
     return quantize_weight(weight, spec, scales="mse", scale_dtype=torch.float32)
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, start: QuantizedTensor, options: GptqOptions
+) -> tuple[QuantizedTensor, Outcome]:
+    return solver.gptq(weight, factor(hessian, options), start, options)
 
 
 def by_element(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
