@@ -29,6 +29,7 @@ from qcompiler.numerics import dequantize, fake_quantize
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved, Statistics
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.hessian import HessianStatistic
+from qcompiler.runtime.memory import trim_memory
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.runtime.stream import Stream, always, tensor_paths
 from qcompiler.runtime.weights import LazyWeights
@@ -59,6 +60,8 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
         # A module that later partitions call again is solved once, by the first.
         later = {leaf.path for other in parts[index + 1 :] for node in other.nodes if (leaf := get(node, Leaf))}
         carried = {path: result for path, result in (carried | solved).items() if path in later}
+        del solved
+        trim_memory()
     context.progress("done", len(parts), len(parts))
     return spent
 

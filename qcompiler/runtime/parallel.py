@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from qcompiler.runtime.memory import trim_memory
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -31,4 +33,5 @@ def in_parallel(
             results = dict(zip(order, pool.map(lambda index: work(items[index]), order), strict=True))
     finally:
         torch.set_num_threads(threads)
+        trim_memory()  # what the threads' own heaps keep
     return [results[index] for index in range(len(items))]
