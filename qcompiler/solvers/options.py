@@ -28,9 +28,9 @@ class GptqOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "gptq"
 
-    damping: float = Field(default=0.01, gt=0, le=MAX_DAMPING)
+    damping: Annotated[float, Field(gt=0, le=MAX_DAMPING)] = 0.01
     order: Literal["activation", "natural"] = "activation"
-    block_size: int = Field(default=128, ge=1)
+    block_size: Annotated[int, Field(ge=1)] = 128
 
 
 NEED_HESSIAN = frozenset({GptqOptions.name})

@@ -46,7 +46,7 @@ def test_a_value_that_is_not_finite_is_an_error(dtype: torch.dtype, size: int, b
     values[-1] = bad
     with pytest.raises(CheckpointError, match="w has NaN or infinite values"):
         FiniteTensor(Chunks(values, size), "w").copy_bytes(lambda chunk: None)
-    with pytest.raises(CheckpointError, match="w in .* has NaN or infinite values"):
+    with pytest.raises(CheckpointError, match=r"w in .* has NaN or infinite values"):
         check_finite("w", values, "test")
 
 

@@ -413,3 +413,13 @@ def nothing_rounds_a_quantized_cache(graph: Graph) -> fx.Node:
             node.replace_all_uses_with(node.args[0])
             graph.fx.erase_node(node)
     return graph.nodes[-1]
+
+
+@breaks(
+    "hessian-observed",
+    "solver gptq needs the Hessian of its inputs, and no observer before it collects one",
+    module=f"(module {DOWN})",
+)
+def a_solver_has_no_hessian(graph: Graph) -> fx.Node:
+    node = leaf(graph, DOWN)
+    return requant(node, replace(need(node, Quant), solver="gptq"))

@@ -46,7 +46,7 @@ def test_a_violation_names_layer_scheme_target_rule_and_mend() -> None:
         "vllm-sm80 cannot load what was assigned, violations: 1",
         f"  {LAYER}.mlp.down_proj (w:int4/g128 a:fp8/token) on {load_target('vllm-sm80').label}: "
         "4-bit weights with FP8 activations run on compute capability 9.0 only [w4a8-fp8]; "
-        "use W4A16, or the target vllm-sm90",
+        "use W4A16, or the target vllm-sm90 (assign: rule 1)",
     ]
     assert error.hint == "change the rules that chose these schemes, or compile for another --target"
 

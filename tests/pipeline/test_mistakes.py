@@ -81,7 +81,7 @@ def test_an_unknown_scheme_gets_near_presets_and_all_others() -> None:
         ("select: {min_parameters: -1}, scheme: FP8", ".select.min_parameters: Input should be greater than or equal"),
         ("select: {name: a}, scheme: {weights: {bits: 9}}", ".scheme.weights: integers have 2 to 8 bits, not 9"),
         ("select: {name: a}, scheme: {weights: W4A16}", ".scheme.weights: expected a mapping"),
-        ("select: {name: a}, scheme: FP8, solver: gtpq", ".solver: Input should be "),
+        ("select: {name: a}, scheme: FP8, solver: gtpq", ".solver: unknown solver 'gtpq'; did you mean 'gptq'?"),
     ],
 )
 def test_a_value_that_means_nothing_is_said_where_it_stands(rule: str, said: str) -> None:

@@ -1,0 +1,140 @@
+"""Compilations with GPTQ: better than rounding to nearest, the same every time, and loaded as any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import qcompiler
+from qcompiler.data.batches import TokenBatch
+from qcompiler.demo import calibration_text, model_path
+from qcompiler.ir.graph import Graph, Stage
+from qcompiler.pipeline import Pipeline, parse_pipeline
+from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, StreamingPass
+
+PIPELINE = """
+name: test
+passes:
+  - assign:
+      rules:
+        - {select: {structure: mlp-output}, scheme: {weights: {type: int, bits: 8, group_size: 128}}, solver: SOLVER}
+        - {select: {structure: [attention-input, attention-output]}, scheme: W4A16_ASYM, solver: SOLVER}
+        - {select: {structure: mlp-input}, scheme: FP8, solver: SOLVER}
+  - legalize
+  - insert-observers
+  - calibrate: {scales: mse}
+  - lower
+"""
+SAMPLES = qcompiler.CalibrationSpec(dataset=calibration_text(), samples=24, sequence_length=128)
+
+
+def mixed(solver: str) -> Pipeline:
+    return parse_pipeline(PIPELINE.replace("SOLVER", solver))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One model by both solvers."""
+
+    nearest: qcompiler.Result
+    solved: qcompiler.Result
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("solved")
+    made = (
+        qcompiler.compile(model_path(), pipeline=mixed(solver), output=folder / solver, calibration=SAMPLES)
+        for solver in ("rtn", "gptq")
+    )
+    return Pair(*made)
+
+
+def test_every_layer_says_how_it_was_solved_and_what_came_of_it(pair: Pair) -> None:
+    rows = [row for row in pair.solved.report.layers if row.scheme]
+    assert len(rows) == 28
+    for row in rows:
+        assert row.solver == "gptq"
+        assert (row.damping, row.dead_columns) == (0.01, 0)
+        assert 0 < row.output_error < row.nearest_output_error < 0.1  # type: ignore[operator]
+    assert all(row.output_error is None for row in pair.nearest.report.layers)
+
+
+def test_transformers_computes_what_was_solved(pair: Pair) -> None:
+    assert qcompiler.verify(pair.solved.output).difference <= torch.finfo(torch.bfloat16).eps
+
+
+def test_the_text_is_predicted_more_like_the_dense_model(pair: Pair) -> None:
+    from qcompiler.demo import evaluation_text
+
+    divergences = []
+    for result in (pair.nearest, pair.solved):
+        fidelity = qcompiler.verify(
+            result.output, reference=model_path(), text=evaluation_text(), sequence_length=128, sequences=48
+        ).fidelity
+        assert fidelity is not None
+        assert fidelity.against is not None
+        divergences.append(fidelity.against.kl_mean)
+    assert divergences[1] < 0.7 * divergences[0]
+
+
+def test_the_same_run_gives_the_same_bytes_whatever_the_threads(pair: Pair, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            again = qcompiler.compile(
+                model_path(), pipeline=mixed("gptq"), output=tmp_path / str(threads), calibration=SAMPLES
+            )
+        finally:
+            torch.set_num_threads(before)
+        for file in sorted(pair.solved.output.iterdir()):
+            assert file.read_bytes() == (again.output / file.name).read_bytes(), file.name
+
+
+def test_hessians_are_of_the_inputs_that_the_model_really_has(tmp_path: Path) -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    @dataclass(frozen=True)
+    class Look(StreamingPass):
+        name: ClassVar[str] = "look"
+        requires: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
+
+        def begin(self, graph: Graph, context: Context) -> PartitionStep:
+            assert context.data is not None
+            batches.extend(context.data.batches)
+            return Step()
+
+    class Step(PartitionStep):
+        def partition(self, work: PartitionWork) -> None:
+            for statistic in work.statistics.hessians.values():
+                seen[statistic.observer.consumers[0]] = statistic.value()
+
+        def finish(self) -> None:
+            return None
+
+    batches: list[TokenBatch] = []
+    passes = mixed("gptq").passes
+    chosen = Pipeline("look", (*passes[:3], Look(), *passes[3:]))
+    qcompiler.compile(model_path(), pipeline=chosen, output=tmp_path / "out", calibration=SAMPLES)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path())
+    wanted: dict[str, torch.Tensor] = {}
+    for path in seen:
+        if ".0." in path:  # nothing before the first layer's inputs has been rounded
+
+            def hook(module: object, args: tuple[torch.Tensor, ...], path: str = path) -> None:
+                rows = args[0].double().flatten(0, 1)
+                wanted[path] = wanted.get(path, 0) + rows.T @ rows
+
+            model.get_submodule(path).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch.input_ids)
+    assert len(wanted) == 4
+    for path, exact in wanted.items():
+        assert (seen[path].double() - exact).norm() <= 1e-4 * exact.norm(), path
