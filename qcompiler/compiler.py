@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pip
 from qcompiler.pipeline.base import Destination
 from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes
 from qcompiler.report import Report, Timing
+from qcompiler.runtime.memory import trim_memory
 from qcompiler.source import ModelSource, TokenizerLike, open_model
 from qcompiler.targets import load_target
 
@@ -135,6 +137,8 @@ def compile(
         context, graph = _prepare(request, source)
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
+        gc.collect()  # tracing leaves cycles behind
+        trim_memory()
         context.provenance |= context.source.identity()
         _load_data(sampled, graph, context)
         run_streaming_passes(graph, chosen, context, show=show)

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="where random models are made and kept")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=3, help="of which the median is printed")
     parser.add_argument("--pipelines", nargs="+", default=["w4a16", "fp8"])
     options = parser.parse_args()
     for pipeline in options.pipelines:
@@ -29,8 +30,8 @@ def main() -> None:
             output = options.models / "out"
             tokens = f"{options.samples}x{options.length}"
             job = (HERE / "job_ours.py", "compile", str(folder), pipeline, str(output), tokens)
-            sample = run(Path(sys.executable), *job, threads=2)
-            print(f"{pipeline:<10} {layers:>3} layers  {summary([sample])}", flush=True)
+            samples = [run(Path(sys.executable), *job, threads=2) for _ in range(options.runs)]
+            print(f"{pipeline:<10} {layers:>3} layers  {summary(samples)}", flush=True)
 
 
 if __name__ == "__main__":
