@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Recorder(PartitionStep):
     def partition(self, work: PartitionWork) -> None:
         self.parts.append(work.partition.name)
         self.weights.append(set(work.weights))
-        for statistic in work.statistics.values():
+        for statistic in work.statistics.ranges.values():
             kind = statistic.observer.purpose
             for path in statistic.observer.consumers:
                 self.statistics[path if kind == "input" else f"{path}.{kind}"] = statistic
@@ -225,6 +226,29 @@ def test_each_partition_has_its_own_weights_and_no_others(llama: Path) -> None:
         assert all(f".layers.{index}." in path or not path.startswith("model.layers") for path in weights)
     layers = [path for weights in recorded.weights for path in weights if ".layers." in path]
     assert len(layers) == len(set(layers))
+
+
+@dataclass
+class Holder(Recorder):
+    """Asks for every weight, and looks which of the earlier partitions' are still there."""
+
+    seen: list[weakref.ref[Tensor]] = field(default_factory=list)
+    alive: int = 0
+
+    def partition(self, work: PartitionWork) -> None:
+        self.alive += sum(reference() is not None for reference in self.seen)
+        super().partition(work)
+        # Buffers belong to the graph, and are held as long as it is.
+        self.seen += [weakref.ref(tensor) for path, tensor in work.weights.items() if path.endswith(".weight")]
+
+
+def test_the_weights_of_a_partition_are_gone_before_the_next(llama: Path, ragged: TokenData) -> None:
+    planned = qcompiler.plan(llama, pipeline(rule(EVERYWHERE, "FP8")))
+    holder = Holder()
+    with open_model(llama) as source:
+        sweep(planned.graph, [holder], Context(source, Report(), data=ragged))
+    assert len(holder.seen) > 18
+    assert holder.alive == 0
 
 
 def test_nothing_runs_where_nothing_is_observed(llama: Path) -> None:

@@ -1,0 +1,111 @@
+"""The head, tied to the embedding or not: dense, it stays as it is; quantized, it is a layer of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import qcompiler
+from qcompiler import Result
+from qcompiler.errors import RuleError
+from tests.compile.tiny import (
+    ATTENTION,
+    INT4_ASYM,
+    INT8,
+    SHORT,
+    model_config,
+    pipeline,
+    quantization,
+    rule,
+    save_tiny,
+    stored,
+    token_rows,
+)
+
+HEAD = {"structure": "lm-head"}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tied` and `untied` checkpoints of the same family."""
+    folder = tmp_path_factory.mktemp("heads")
+    save_tiny(folder / "tied", "llama", tie_word_embeddings=True)
+    save_tiny(folder / "untied", "llama")
+    return folder
+
+
+def compiled(source: Path, output: Path, *rules: dict[str, object]) -> Result:
+    return qcompiler.compile(
+        source,
+        pipeline=pipeline(rule(ATTENTION, INT8), *rules),
+        output=output,
+        calibration=token_rows(),
+        sampling=SHORT,
+    )
+
+
+def head_keys(output: Path) -> set[str]:
+    return {key for key in stored(output) if key.startswith("lm_head.")}
+
+
+def test_a_dense_tied_head_is_in_no_file_and_stays_tied(folder: Path, tmp_path: Path) -> None:
+    assert not head_keys(folder / "tied")
+    result = compiled(folder / "tied", tmp_path / "output")
+    assert not head_keys(result.output)
+    assert model_config(result.output)["tie_word_embeddings"]
+    assert (result.report.row("lm_head").scheme, result.report.row("lm_head").bytes) == (None, 0)
+    assert qcompiler.verify(result.output).difference == 0
+
+
+@pytest.mark.parametrize("select", [HEAD, {"name": "lm_head"}], ids=["structure", "name"])
+def test_a_quantized_tied_head_becomes_a_layer_of_its_own(
+    folder: Path, tmp_path: Path, select: dict[str, object]
+) -> None:
+    result = compiled(folder / "tied", tmp_path / "output", rule(select, INT4_ASYM))
+    assert head_keys(result.output) == {
+        f"lm_head.{name}" for name in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    }
+    assert model_config(folder / "tied")["tie_word_embeddings"]
+    assert model_config(result.output)["tie_word_embeddings"] is False
+    assert torch.equal(stored(result.output)[EMBEDDING], stored(folder / "tied")[EMBEDDING])
+    assert result.report.row("lm_head").bytes == sum(
+        stored(result.output)[key].nbytes for key in head_keys(result.output)
+    )
+    assert result.report.total_bytes == sum(tensor.nbytes for tensor in stored(result.output).values())
+    assert qcompiler.verify(result.output).difference == 0
+
+
+def test_a_head_is_targeted_by_name_alone(folder: Path, tmp_path: Path) -> None:
+    """Loaders do not take a class or an expression for the head."""
+    result = compiled(folder / "untied", tmp_path / "output", rule(HEAD, INT4_ASYM))
+    config = quantization(result.output)
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    assert "lm_head" in targets
+    assert not any("lm_head" in target for target in targets if target.startswith("re:"))
+    assert "Linear" not in targets
+    assert "lm_head" not in config["ignore"]
+    assert qcompiler.verify(result.output).difference == 0
+    client = AutoModelForCausalLM.from_pretrained(result.output)
+    assert client.lm_head.quantization_scheme.weights.num_bits == 4
+
+
+def test_a_dense_head_is_ignored_by_name(folder: Path, tmp_path: Path) -> None:
+    result = compiled(folder / "untied", tmp_path / "output")
+    assert "lm_head" in quantization(result.output)["ignore"]
+    assert torch.equal(stored(result.output)["lm_head.weight"], stored(folder / "untied")["lm_head.weight"])
+
+
+def test_a_head_with_measured_inputs_is_calibrated_after_the_last_layer(folder: Path, tmp_path: Path) -> None:
+    result = compiled(folder / "tied", tmp_path / "output", rule(HEAD, "FP8"))
+    assert head_keys(result.output) == {f"lm_head.{name}" for name in ("weight", "weight_scale", "input_scale")}
+    assert float(stored(result.output)["lm_head.input_scale"]) > 0
+    assert qcompiler.verify(result.output).difference == 0
+
+
+def test_no_linear_takes_the_embeddings_place(folder: Path) -> None:
+    with pytest.raises(RuleError, match=r"matches no linear .only embedding: model.embed_tokens"):
+        qcompiler.plan(folder / "tied", pipeline(rule({"structure": "embedding"}, INT8)))

@@ -1,0 +1,188 @@
+"""`verify` on checkpoints that are not what was compiled: each is refused, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import qcompiler
+from qcompiler.errors import CheckpointError, QCompilerError, VerificationError
+from tests.compile.tiny import ATTENTION, INT4, INT8_STATIC, MLP, SHORT, pipeline, rule, save_tiny, token_rows
+
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
+
+QUERY = "model.layers.1.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of packed integers beside static ones, which verifies."""
+    folder = tmp_path_factory.mktemp("sound")
+    result = qcompiler.compile(
+        save_tiny(folder / "source", "llama"),
+        pipeline=pipeline(rule(ATTENTION, INT4), rule(MLP, INT8_STATIC)),
+        output=folder / "output",
+        calibration=token_rows(),
+        sampling=SHORT,
+    )
+    assert qcompiler.verify(result.output).difference == 0
+    return result.output
+
+
+@pytest.fixture
+def damaged(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "damaged"))
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], None]) -> None:
+    """Rewrite every shard and its index, tensors changed in place of the mapping."""
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(tensors, file.name)
+    index_file.write_text(json.dumps(index))
+
+
+def change_config(folder: Path, change: Callable[[Config], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(folder: Path) -> str:
+    """What `verify` says of a checkpoint that it refuses."""
+    with pytest.raises((VerificationError, CheckpointError)) as caught:
+        qcompiler.verify(folder)
+    assert caught.value.hint
+    return caught.value.message
+
+
+def without(name: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors.pop(name, None)
+
+    return change
+
+
+def renamed(old: str, new: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for key in [key for key in tensors if key.startswith(old)]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return change
+
+
+TENSORS: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "codes removed": (without(f"{QUERY}.weight_packed"), rf"missing_keys: \['{QUERY}.weight_packed'\]"),
+    "a scale removed": (without(f"{QUERY}.weight_scale"), rf"missing_keys: \['{QUERY}.weight_scale'\]"),
+    "a shape removed": (without(f"{QUERY}.weight_shape"), rf"{QUERY}"),
+    "unpacked codes removed": (without(f"{DOWN}.weight"), rf"{DOWN} has scales but no weight"),
+    "an input scale removed": (without(f"{DOWN}.input_scale"), rf"missing_keys: \['{DOWN}.input_scale'\]"),
+    "a dense tensor removed": (without("model.norm.weight"), r"no file holds .* parameters: 'model.norm.weight'"),
+    "a scale renamed": (
+        renamed(f"{QUERY}.weight_scale", f"{QUERY}.weight_scales"),
+        rf"missing_keys: .*{QUERY}.weight_scale'.*unexpected_keys: .*{QUERY}.weight_scales'",
+    ),
+    "a layer renamed": (
+        renamed(QUERY, "model.layers.1.self_attn.qq_proj"),
+        r"qq_proj is stored quantized, but no target of quantization_config matches it",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_tensors_that_are_not_those_of_the_config_are_refused(damaged: Path, what: str) -> None:
+    change, expected = TENSORS[what]
+    change_tensors(damaged, change)
+    assert re.search(expected, refusal(damaged))
+
+
+def group(config: Config, number: int) -> dict[str, Any]:
+    found: dict[str, Any] = config["config_groups"][f"group_{number}"]
+    return found
+
+
+def swapped(config: Config) -> None:
+    first, second = group(config, 0), group(config, 1)
+    first["targets"], second["targets"] = second["targets"], first["targets"]
+
+
+CONFIGS: dict[str, tuple[Callable[[Config], object], str]] = {
+    "more bits": (lambda c: group(c, 0)["weights"].update(num_bits=8), r"q_proj is not a pack-quantized weight of"),
+    "fewer bits": (lambda c: group(c, 0)["weights"].update(num_bits=2), r"q_proj is not a pack-quantized weight of"),
+    "asymmetric": (
+        lambda c: group(c, 0)["weights"].update(symmetric=False),
+        r"missing_keys: .*weight_zero_point",
+    ),
+    "other groups": (lambda c: group(c, 0)["weights"].update(group_size=32), r"q_proj is not a pack-quantized weight"),
+    "schemes swapped": (swapped, r"Transformers does not load it"),
+    "weights alone": (
+        lambda c: group(c, 1).update(input_activations=None),
+        r"unexpected_keys: .*down_proj.input_scale",
+    ),
+    "dynamic inputs": (
+        lambda c: group(c, 1)["input_activations"].update(dynamic=True),
+        r"unexpected_keys: .*down_proj.input_scale",
+    ),
+    "a target lost": (
+        lambda c: group(c, 1).update(targets=[t for t in group(c, 1)["targets"] if "down" not in t]),
+        r"down_proj is stored quantized, but no target of quantization_config matches it",
+    ),
+    # Transformers raises nothing of its own: it would run on random weights.
+    "not said to be compressed": (lambda c: c.pop("quantization_status"), r"unexpected_keys: .*_proj.weight_packed"),
+    "an unknown key": (lambda c: group(c, 0).update(wieghts={}), r"unknown key 'wieghts'; did you mean 'weights'"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_that_is_not_that_of_the_tensors_is_refused(damaged: Path, what: str) -> None:
+    change, expected = CONFIGS[what]
+    change_config(damaged, change)
+    with pytest.raises(QCompilerError, match=expected):
+        qcompiler.verify(damaged)
+
+
+def test_scales_that_are_no_numbers_are_refused_with_their_layer(damaged: Path) -> None:
+    def poison(tensors: Tensors) -> None:
+        if f"{QUERY}.weight_scale" in tensors:
+            tensors[f"{QUERY}.weight_scale"][3, 1] = float("nan")
+
+    change_tensors(damaged, poison)
+    assert re.search(rf"{QUERY}.weight.* has .*NaN", refusal(damaged))
+
+
+def test_a_model_that_computes_otherwise_than_the_graph_is_refused(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no file can show: a client whose arithmetic is not the one that was compiled for."""
+    from qcompiler import verification
+
+    load = verification.load_client
+
+    def hearing_badly(folder: Path, **options: Any) -> Any:
+        client = load(folder, **options)
+        client.lm_head.register_forward_hook(lambda module, args, logits: logits + torch.randn_like(logits))
+        return client
+
+    monkeypatch.setattr(verification, "load_client", hearing_badly)
+    assert re.search(r"logits differ from the compiled graph's by [0-9.]+ of their spread, more than", refusal(sound))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nowhere", "nowhere"), ("source", "this checkpoint is not quantized")])
+def test_what_is_no_compiled_checkpoint_is_refused(sound: Path, name: str, expected: str) -> None:
+    assert expected in refusal(sound.parent / name)
