@@ -85,6 +85,13 @@ class Assign(GraphPass):
                     hint="remove it, or mend its keys: `qcompiler plan` lists what the model has",
                 )
             for node in selection.nodes:
+                present = get_quant(node)
+                if present is not None and present.scheme is not None:
+                    raise RuleError(
+                        f"{self.name}: ignore {number} {wanted} would leave {need(node, Leaf).path} dense, and "
+                        f"{', '.join(present.because)} gave it a scheme before",
+                        hint="ignore it in that pass, or override it here with a rule whose scheme is null",
+                    )
                 ignored.setdefault(node, f"{self.name}: ignore {number}")
         for node, because in ignored.items():
             if need(node, Leaf).is_linear and get_quant(node) is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcompiler.errors import QCompilerError
+from qcompiler.requirements import check_transformers
 
 if TYPE_CHECKING:
     from qcompiler.ir.graph import Graph
@@ -53,6 +54,7 @@ def main() -> None:
     """Entry point of the `qcompiler` command."""
     with _quiet_libraries():
         try:
+            check_transformers()
             app()
         except QCompilerError as error:
             print(f"error: {error}", file=sys.stderr)

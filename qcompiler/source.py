@@ -14,7 +14,6 @@ from typing import Any, Self, TypeAlias
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +27,6 @@ from qcompiler.checkpoints.writer import DiskTensor
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
 from qcompiler.refuse import refuse, refuse_built
 
-OLDEST_TRANSFORMERS = "5.16"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 TokenizerLike: TypeAlias = PreTrainedTokenizerBase | str | Path
@@ -165,11 +163,6 @@ def open_model(
     neither run nor changed. Raises `CaptureError` for what is no causal language model of the installed Transformers,
     `ConfigError` for a wrong dtype or tokenizer, `CheckpointError` for a folder that is none.
     """
-    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
-        raise CaptureError(
-            f"Transformers {transformers.__version__} is too old to capture models from",
-            hint=f"install transformers>={OLDEST_TRANSFORMERS}",
-        )
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}", hint=f"auto, {', '.join(DTYPES)}")
     if not isinstance(model, (str, Path)):

@@ -154,6 +154,6 @@ def _depth(graph: Graph) -> int | None:
 
 
 def _kind(part: Partition) -> tuple[object, ...]:
-    """What a partition computes, sizes aside: its operations and leaves in order."""
-    leaves = [(node, get(node, Leaf)) for node in part.nodes]
+    """What a partition computes, sizes and the names of weights aside: its operations and leaves in order."""
+    leaves = [(node, get(node, Leaf)) for node in part.nodes if node.op != "get_attr"]
     return (part.layer is None, *(str(leaf.kind) if leaf else op_name(node) for node, leaf in leaves))

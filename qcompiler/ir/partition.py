@@ -63,6 +63,9 @@ def partitions(graph: Graph) -> tuple[Partition, ...]:
             place[node] = earliest
         else:
             place[node] = last + 1
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:  # a weight is read where it is first used, not before
+            place[node] = min(place[user] for user in node.users)
     return tuple(part for index in range(last + 2) if (part := _partition(graph, place, index, last)) is not None)
 
 

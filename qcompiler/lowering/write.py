@@ -80,7 +80,6 @@ class CheckpointStep:
         for observer, scale in work.caches.items():
             module = self._context.source.names.disk_module(observer.consumers[0])
             tensors[f"{module}.{cache_scale(observer.purpose)}"] = scale.cpu()
-        tensors |= {key: tensor.cpu() for key, tensor in work.extra.items()}
         self._writer.add_shard(self._shard[work.partition.name], tensors)
         self._written += sum(_nbytes(tensor) for tensor in tensors.values())
 

@@ -97,8 +97,8 @@ class PartitionWork:
     """What a step sees of one partition.
 
     `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
-    `statistics` are what observers collected. Steps fill `solved` (by module path), `caches` (scales of keys and
-    values, by observer) and `extra` (tensors to write besides, by key).
+    `statistics` are what observers collected. Steps fill `solved` (by module path) and `caches` (scales of keys and
+    values, by observer).
     """
 
     partition: Partition
@@ -106,7 +106,6 @@ class PartitionWork:
     statistics: Statistics = field(default_factory=lambda: Statistics({}, {}))
     solved: dict[str, Solved] = field(default_factory=dict)
     caches: dict[Observer, Tensor] = field(default_factory=dict)
-    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,24 @@
+"""Models deeper than their twins are compared with eager all the same, and weights lie where they are used."""
+
+from __future__ import annotations
+
+import pytest
+
+from qcompiler.capture import capture_and_prove
+from qcompiler.ir.partition import partitions
+from tests.capture.models import on_meta
+
+DEEP = ("llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "llama4_text", "cohere2")
+
+
+@pytest.mark.parametrize("model_type", DEEP)
+def test_a_model_deeper_than_its_twin_is_proved(model_type: str) -> None:
+    graph, _ = capture_and_prove(on_meta(model_type, layers=7))
+    assert graph.layer_count == 7
+
+
+def test_a_layers_router_is_read_with_its_layer() -> None:
+    parts = partitions(capture_and_prove(on_meta("mixtral", layers=5))[0])
+    for part in parts:
+        read = [str(node.target) for node in part.nodes if node.op == "get_attr" and "gate" in str(node.target)]
+        assert read == ([] if part.layer is None else [f"model.layers.{part.layer}.mlp.gate.weight"])
