@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -20,7 +20,8 @@ from qcompiler.scheme import KVCacheSpec, QuantSpec, Scheme, SchemeField, Strate
 from qcompiler.select import Select, Selection
 from qcompiler.solvers.options import GptqOptions, RtnOptions, SolverField
 
-Find = Callable[[Select, Sequence[Node]], Selection]
+Find = partial[Selection]
+"""`select.find` for one model: it knows how many layers there are."""
 
 
 class Rule(BaseModel):
@@ -60,8 +61,11 @@ class Assign(GraphPass):
         find = partial(select.find, layer_count=graph.layer_count)
         ignored = self._ignore(leaves, find)
         scope = _Scope([node for node in leaves if node not in ignored], ignored, find)
+        asked: dict[Node, tuple[Rule, str]] = {}  # by whom; the last word counts
         for number, rule in enumerate(self.rules, 1):
-            self._apply(rule, f"{self.name}: rule {number}", scope, context)
+            who = f"{self.name}: rule {number}"
+            asked |= dict.fromkeys(self._apply(rule, who, scope, context), (rule, who))
+        self._fit(asked, context)
         _check_fusion(graph)
         blocks = [leaf for _, leaf in graph.leaves() if leaf.kind is LeafKind.EXPERTS]
         if blocks:
@@ -84,6 +88,7 @@ class Assign(GraphPass):
                     f"{self.name}: ignore {number} {wanted} matches nothing; {selection.explain(wanted, leaves)}",
                     hint="remove it, or mend its keys: `qcompiler plan` lists what the model has",
                 )
+            _check_idle(wanted, f"{self.name}: ignore {number}", leaves, find.keywords["layer_count"])
             for node in selection.nodes:
                 present = get_quant(node)
                 if present is not None and present.scheme is not None:
@@ -98,18 +103,21 @@ class Assign(GraphPass):
                 set_quant(node, Quant(None, "none", (because,)))
         return ignored
 
-    def _apply(self, rule: Rule, who: str, scope: _Scope, context: Context) -> None:
+    def _apply(self, rule: Rule, who: str, scope: _Scope, context: Context) -> tuple[Node, ...]:
+        """Give the linears that a rule selects its scheme; which they are."""
         linears = [node for node in scope.candidates if need(node, Leaf).is_linear]
         selection = scope.find(rule.select, linears)
         if not selection.nodes:
             if rule.optional:
                 context.report.info(f"{who} {rule.select} matches nothing, which its `optional` allows")
-                return
+                return ()
             raise RuleError(
                 f"{who} {rule.select} matches no linear{scope.instead(rule.select)}; "
                 f"{selection.explain(rule.select, linears)}",
                 hint="mend its keys, or say `optional: true`: `qcompiler plan` lists what the model has",
             )
+        if not rule.optional:
+            _check_idle(rule.select, who, [*scope.candidates, *scope.ignored], scope.find.keywords["layer_count"])
         for node in selection.nodes:
             present = get_quant(node)
             leaf = need(node, Leaf)
@@ -119,26 +127,45 @@ class Assign(GraphPass):
                     hint="narrow one of them, or say `override: true` on the later",
                 )
             because = (who,) if present is None else (who, f"over {present.because[0]}")
-            scheme, why = self._fitting(rule.scheme, leaf, who, context)
-            set_quant(node, _decided(scheme, rule, (*because, *why)), replacing=present)
+            set_quant(node, _decided(rule.scheme, rule, because), replacing=present)
+        return selection.nodes
 
-    def _fitting(
-        self, scheme: Scheme | None, leaf: Leaf, who: str, context: Context
-    ) -> tuple[Scheme | None, tuple[str, ...]]:
-        """The scheme, or what `on_indivisible` makes of it."""
-        grouped = scheme.undivided(leaf.in_features) if scheme else None
-        if scheme is None or grouped is None:
-            return scheme, ()
-        what = f"group size {grouped.group_size} does not divide the {leaf.in_features} inputs of {leaf.path}"
+    def _fit(self, asked: dict[Node, tuple[Rule, str]], context: Context) -> None:
+        """Once every rule has spoken: what becomes of groups that do not divide. One note for all that are alike."""
+        told: dict[tuple[str, str], dict[str, None]] = {}
+        for node, (rule, who) in asked.items():
+            leaf, present = need(node, Leaf), need(node, Quant)
+            grouped = rule.scheme.undivided(leaf.in_features) if rule.scheme else None
+            if rule.scheme is None or grouped is None:
+                continue
+            what = f"group size {grouped.group_size} does not divide the {leaf.in_features} inputs"
+            scheme = self._instead(rule.scheme, leaf, f"{who}: {what} of {leaf.path}")
+            set_quant(node, _decided(scheme, rule, (*present.because, what)), replacing=present)
+            told.setdefault((what, who), {})[leaf.path] = None
+        for (what, who), paths in told.items():
+            first, more = next(iter(paths)), f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            context.report.fallback(f"{what} of {first}{more}: {self.on_indivisible} instead ({who})")
+
+    def _instead(self, scheme: Scheme, leaf: Leaf, wrong: str) -> Scheme | None:
+        """What `on_indivisible` makes of a scheme whose groups do not divide a linear's inputs."""
         channel = _per_channel(scheme, leaf.in_features)
         if self.on_indivisible == "error" or (self.on_indivisible == "channel" and channel is None):
             raise RuleError(
-                f"{who}: {what}" + ("" if channel else f" ({scheme.short} has no per-channel form)"),
+                wrong + ("" if channel else f" ({scheme.short} has no per-channel form)"),
                 hint="choose a group size that divides, or say on_indivisible: "
                 + ("channel or dense" if channel else "dense"),
             )
-        context.report.fallback(f"{what}: {self.on_indivisible} instead ({who})")
-        return (channel if self.on_indivisible == "channel" else None), (what,)
+        return channel if self.on_indivisible == "channel" else None
+
+
+def _check_idle(wanted: Select, who: str, leaves: Sequence[Node], layer_count: int) -> None:
+    """Raise `RuleError` where one of several names or layers matches nothing, though another does."""
+    lost = select.idle(wanted, leaves, layer_count=layer_count)
+    if lost:
+        raise RuleError(
+            f"{who} {wanted}: nothing has {' or '.join(lost)}",
+            hint="remove it, or mend it: `qcompiler plan` lists what the model has",
+        )
 
 
 def _per_channel(scheme: Scheme, in_features: int) -> Scheme | None:

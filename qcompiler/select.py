@@ -184,3 +184,18 @@ def find(select: Select, nodes: Sequence[Node], *, layer_count: int) -> Selectio
     several = sum(getattr(select, key) is not None for key in type(select).model_fields) > 1
     near = tuple((node, keys[0]) for node, keys in unmet if len(keys) == 1) if several else ()
     return Selection(chosen, near)
+
+
+def idle(select: Select, nodes: Sequence[Node], *, layer_count: int) -> list[str]:
+    """Names and layers in a select's lists that match no leaf at all, whatever its other keys say.
+
+    Of classes and structures a list says "whichever this model has"; a name or a layer that is not there is a mistake.
+    """
+    leaves = [need(node, Leaf) for node in nodes]
+    names = [f"name {n!r}" for n in select.name or () if not any(_pattern(n).matches(leaf.path) for leaf in leaves)]
+    layers = range(layer_count)
+    return names + [
+        f"layer {item!r}"
+        for item in select.layers or ()
+        if not any(_in_layers(layer, (item,), layer_count) for layer in layers)
+    ]

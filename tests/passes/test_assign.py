@@ -64,7 +64,7 @@ MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
         ({"layers": 0}, [f"{FIRST}.{name}" for name in ATTENTION + MLP]),
         ({"layers": -1}, [f"{LAST}.{name}" for name in ATTENTION + MLP]),
         ({"layers": ":-1", "structure": "mlp-output"}, [f"{FIRST}.mlp.down_proj"]),
-        ({"layers": ["1:", 7], "structure": "attention-output"}, [f"{LAST}.self_attn.o_proj"]),
+        ({"layers": ["1:", 1], "structure": "attention-output"}, [f"{LAST}.self_attn.o_proj"]),
         ({"structure": "lm-head", "class": ["Linear", "Conv1D"]}, ["lm_head"]),
         ({"min_parameters": 320 * 64}, ["lm_head"]),
         ({"min_parameters": 176 * 64, "name": "model.*", "layers": 0}, [f"{FIRST}.{name}" for name in MLP]),
@@ -249,7 +249,42 @@ def test_or_falls_back_as_asked_and_reports_it(instead: str, scheme: str) -> Non
         f"{FIRST}.mlp.down_proj": scheme,
     }
     assert done.notes == [("fallback", f"{INDIVISIBLE}: {instead} instead (assign: rule 1)")]
-    assert because(done.graph, f"{FIRST}.mlp.down_proj") == ("assign: rule 1", INDIVISIBLE)
+    why = INDIVISIBLE.removesuffix(f" of {FIRST}.mlp.down_proj")
+    assert because(done.graph, f"{FIRST}.mlp.down_proj") == ("assign: rule 1", why)
+
+
+def test_only_the_rule_that_decides_in_the_end_must_fit() -> None:
+    channel = rule("W8A8", structure="mlp-output", override=True)
+    for instead in ("error", "channel", "dense"):
+        done = run("llama", assign(rule(GROUPS_OF_32, name="*_proj"), channel, on_indivisible=instead))
+        assert chosen(done.graph)[f"{FIRST}.mlp.down_proj"] == "w:int8/channel a:int8/token"
+        assert done.notes == []
+
+
+def test_layers_that_fall_back_alike_share_a_note() -> None:
+    done = run("llama", assign(rule(GROUPS_OF_32, name="*_proj"), on_indivisible="channel"))
+    assert done.notes == [("fallback", f"{INDIVISIBLE} and 1 more: channel instead (assign: rule 1)")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "lost"),
+    [
+        ({"name": ["*.o_proj", "*.k_prj"]}, "name '*.k_prj'"),
+        ({"layers": [0, 77, "5:"]}, "layer 77 or layer '5:'"),
+    ],
+)
+def test_an_element_of_a_list_that_matches_nothing_is_an_error(keys: dict[str, object], lost: str) -> None:
+    error = refusal("llama", assign(rule("W8A8", **keys), rule("W8A8", name="*", override=True)))
+    assert error.message.endswith(f": nothing has {lost}")
+    assert not run("llama", assign({**rule("W8A8", **keys), "optional": True})).notes
+    ignoring = refusal("llama", assign(rule("W8A8", name="*o_proj"), ignore=[keys]))
+    assert ignoring.message.startswith("assign: ignore 1")
+    assert ignoring.message.endswith(f": nothing has {lost}")
+
+
+def test_an_ignore_cannot_take_back_what_an_earlier_pass_assigned() -> None:
+    error = refusal("llama", assign(rule("W8A8", name="*_proj")), assign(ignore=[{"structure": "mlp-output"}]))
+    assert "would leave model.layers.0.mlp.down_proj dense, and assign: rule 1 gave it a scheme before" in error.message
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "MXFP8A16"])
