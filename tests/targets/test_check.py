@@ -146,7 +146,10 @@ def test_the_kv_cache_and_the_head_size_belong_to_the_model() -> None:
     per_head = KVCacheSpec(strategy="attn_head")
     violation = only(check(load_target("sglang"), [], kv_cache=per_head))
     assert (violation.site, violation.rule, violation.mend) == (MODEL, "kv-cache", "use strategy tensor")
-    assert check(load_target("vllm-sm90"), [], kv_cache=per_head) == []
+    for target in ("vllm-sm90", "vllm-sm100", "transformers"):
+        assert check(load_target(target), [], kv_cache=per_head) == []
+    for target in ("vllm-sm80", "vllm-sm89", "vllm-cpu"):  # no FlashAttention 3 there
+        assert only(check(load_target(target), [], kv_cache=per_head)).rule == "kv-cache"
     assert "heads of 8" in only(check(load_target("vllm-cpu"), [], head_sizes=[8])).message
     assert check(load_target("vllm-cpu"), [], head_sizes=[64]) == []
     assert check(load_target("vllm-sm90"), [], head_sizes=[8]) == []
