@@ -237,7 +237,12 @@ def _sampled(calibration: CalibrationLike | None, sampling: CalibrationSpec | No
 
 def _tokens(spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, source: ModelSource) -> TokenData:
     data = load_calibration(
-        spec, source.folder, vocab_size=int(source.config.vocab_size), max_window=source.window, rows=rows
+        spec,
+        source.folder,
+        vocab_size=int(source.config.vocab_size),
+        max_window=source.window,
+        rows=rows,
+        trust_remote_code=source.trust_remote_code,
     )
     window = graph.max_sequence_length
     if window is not None and data.sequence_length > window:

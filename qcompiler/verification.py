@@ -75,6 +75,7 @@ def verify(
                 max_window=source.window,
                 sequences=sequences,
                 batch_tokens=4 * sequence_length,
+                trust_remote_code=trust_remote_code,
             )
         client = load_client(folder, trust_remote_code=trust_remote_code)
         probe = _probe(source)

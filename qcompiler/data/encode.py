@@ -18,8 +18,9 @@ USUAL_COLUMNS = ("input_ids", "messages", "text")
 class LazyTokenizer:
     """A tokenizer that is loaded when text first needs it: token ids need none."""
 
-    def __init__(self, source: str | Path | None) -> None:
+    def __init__(self, source: str | Path | None, *, trust_remote_code: bool = False) -> None:
         self._source = source
+        self._trusted = trust_remote_code
         self._tokenizer: Any = None
 
     def _load(self) -> Any:
@@ -29,7 +30,7 @@ class LazyTokenizer:
                     "text needs a tokenizer, and there is none", hint="name one, or give rows of `input_ids`"
                 )
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(str(self._source), trust_remote_code=False)
+                self._tokenizer = AutoTokenizer.from_pretrained(str(self._source), trust_remote_code=self._trusted)
             except Exception as error:  # whatever a damaged or missing file makes of it
                 raise DataError(
                     f"no tokenizer can be loaded from {self._source}: {next(iter(str(error).splitlines()), error)}",

@@ -23,6 +23,7 @@ def load_calibration(
     vocab_size: int,
     max_window: int | None = None,
     rows: Iterable[Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> TokenData:
     """Calibration samples as `spec` asks for them, of at most `max_window` tokens (the model's window).
 
@@ -37,7 +38,8 @@ def load_calibration(
         packing = source.documents if spec.packing is None else spec.packing
         by_line = source.documents and not packing
         numbered = in_order(_lines(source.rows) if by_line else source.rows, seed)
-        reading = _Reading.start(numbered, source.name, spec.text_column, LazyTokenizer(tokenizer_source), vocab_size)
+        tokenizer = LazyTokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
+        reading = _Reading.start(numbered, source.name, spec.text_column, tokenizer, vocab_size)
         if packing:
             windows = _pack(reading, length, enough=spec.samples)
             samples = windows if seed is None else _choose(windows, spec.samples, seed)
@@ -70,6 +72,7 @@ def load_evaluation(
     text_column: str | None = None,
     sequences: int | None = None,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    trust_remote_code: bool = False,
 ) -> TokenData:
     """Contiguous windows of `sequence_length` tokens that do not overlap: the first `sequences`, or all there are.
 
@@ -79,7 +82,7 @@ def load_evaluation(
     """
     length, notes = _capped(sequence_length, max_window)
     with open_source(dataset, rows, config_name=config_name, split=split, usual_split="test") as source:
-        tokenizer = LazyTokenizer(tokenizer_source)
+        tokenizer = LazyTokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
         reading = _Reading.start(in_order(source.rows, None), source.name, text_column, tokenizer, vocab_size)
         reading.join_texts()
         windows = _pack(reading, length, enough=sequences)
