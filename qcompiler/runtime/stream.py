@@ -81,7 +81,8 @@ class Stream:
     ) -> None:
         """Run every batch through `nodes` of `part`; `keep` what later partitions read, let go of what none does."""
         index = self._index[part.name]
-        later = [node for node in part.writes if self._last_reader.get(node, -1) > index]
+        run = set(nodes)
+        later = [node for node in part.writes if node in run and self._last_reader.get(node, -1) > index]
         by_tokens = [node for node in nodes if node in self._tokens]
         by_shape = [node for node in nodes if node not in self._tokens]
         wanted = {node for node in by_shape if any(user in self._tokens for user in node.users)} | {
