@@ -44,11 +44,11 @@ def disk_sites(graph: Graph, source: ModelSource) -> list[Site]:
     """
     if not source.has_weights:
         return []
-    known = sites(graph)
+    known, stored = sites(graph), source.model.state_dict().keys()
     paths = {site.name for site in known}
     found: dict[str, Site] = {}
     for site in known:
-        if site.expert_block is None and f"{site.name}.weight" in source.model.state_dict():
+        if site.expert_block is None and f"{site.name}.weight" in stored:
             name = (source.names.disk_name(f"{site.name}.weight") or site.name).removesuffix(".weight")
             found.setdefault(name, replace(site, name=name, fusion_group=None))
     for _, leaf in graph.leaves():

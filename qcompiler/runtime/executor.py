@@ -50,6 +50,7 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
     last = max((i for i, part in enumerate(parts) if _observers(part)), default=-1)
     stream = Stream(graph, parts[: last + 1], _batches(context), context.device) if last >= 0 else None
     spent = Spent([0.0] * len(steps))
+    last_call = {leaf.path: i for i, part in enumerate(parts) for node in part.nodes if (leaf := get(node, Leaf))}
     carried: dict[str, Solved] = {}
     for index, part in enumerate(parts):
         context.progress(part.name, index, len(parts))
@@ -58,8 +59,7 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
             graph, part, steps, context, stream if index <= last else None, index == last, carried, spent
         )
         # A module that later partitions call again is solved once, by the first.
-        later = {leaf.path for other in parts[index + 1 :] for node in other.nodes if (leaf := get(node, Leaf))}
-        carried = {path: result for path, result in (carried | solved).items() if path in later}
+        carried = {path: result for path, result in (carried | solved).items() if last_call[path] > index}
         del solved
         trim_memory()
     context.progress("done", len(parts), len(parts))
