@@ -45,11 +45,6 @@ def inputs(node: Node) -> tuple[Node, ...]:
     return tuple(node.all_input_nodes)
 
 
-def users(node: Node) -> tuple[Node, ...]:
-    """The nodes that read a node, in graph order of insertion."""
-    return tuple(node.users)
-
-
 def value(node: Node) -> Any:
     """The meta value recorded at capture: a fake tensor, a symbolic integer, or None."""
     return node.meta.get("val")
