@@ -7,11 +7,11 @@ load, the base model's prefix comes and goes, and tied parameters are stored onc
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ from qcompiler.errors import CheckpointError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    """One conversion towards the disk. raw: unchanged values make the very tensors that they were read from."""
+    """One conversion towards the disk. raw: it makes the very tensors that the values were read from."""
 
     conversion: Conversion
     keys: Mapping[str, Spec]
@@ -65,20 +65,11 @@ class NameMap:
         self._writes = self._plan_writing([path for path in self._specs if path not in left_out], transforms)
 
     @classmethod
-    def build(
-        cls,
-        model: PreTrainedModel,
-        reader: TensorSource,
-        *,
-        layout: Literal["source", "original"] = "source",
-        untie: Collection[str] = (),
-    ) -> Self:
+    def build(cls, model: PreTrainedModel, reader: TensorSource) -> Self:
         """Match a model (on any device, usually `meta`) with a checkpoint. No tensor is read but tied duplicates.
 
         Parameters are loaded in the dtype that they have in `model`, or float32 where Transformers insists on it.
-        layout: names to write. `source` is what `save_pretrained` would write after loading this checkpoint;
-        `original` is what it writes for a new model, so that merged experts are split even if they came merged.
-        untie: tied paths to write as tensors of their own; config.json must then no longer tie them.
+        Names to write are what `save_pretrained` would write after loading this checkpoint.
 
         Raises `CheckpointError` for missing parameters, shapes that differ, and keys that cannot be told apart.
         """
@@ -87,16 +78,11 @@ class NameMap:
         state = model.state_dict()
         reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
         aliases, stand_ins = resolve_ties(tie_classes(model), reads, partial(_same, model, reader))
-        aliases = {path: written for path, written in aliases.items() if path not in untie}
         missing = frozenset(state.keys() - reads.keys() - stand_ins.keys())
         absent = absent_by_design(model, missing)
         if missing - absent:
             raise _missing(reader, sorted(missing - absent), unused)
-        if layout == "original":
-            transforms = get_model_conversion_mapping(model, add_legacy=False)
-            used = [t for t in transforms if not isinstance(t, PrefixChange)]
-        else:
-            used = [t for t in transforms if t.was_used()]
+        used = [t for t in transforms if t.was_used()]
         return cls(model, reader, reads, stand_ins, aliases, absent, unused, used)
 
     @classmethod
@@ -185,30 +171,18 @@ class NameMap:
         """Keys, dtypes and shapes of what `dense` returns: enough to predict a file's size."""
         return {key: spec for write in self._writes_of(paths) for key, spec in write.keys.items()}
 
-    def dense(
-        self, paths: Iterable[str], changed: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor | RawTensor]:
+    def dense(self, paths: Iterable[str]) -> dict[str, torch.Tensor | RawTensor]:
         """What to write for `paths`, by key: copies of the source's bytes where key and dtype stay, else tensors.
 
-        changed: paths whose values differ from the source's. Tied paths are left out, save the one that is written.
-
-        Raises `CheckpointError` if a tensor on disk is made of paths of which only some are given, or if a changed
-        value would not be written.
+        Tied paths are left out, save the one that is written. Raises `CheckpointError` if a tensor on disk is made of
+        paths of which only some are given.
         """
-        changed = dict(changed or {})
-        paths = set(paths)
-        for path in changed:
-            if path not in paths or path not in self._writes:
-                why = self.obstacle(path) if path in paths else f"{path} is not among the paths to write"
-                raise CheckpointError(f"a changed value would be lost: {why}", hint="untie it, or change its source")
         written: dict[str, torch.Tensor | RawTensor] = {}
         for write in self._writes_of(paths):
-            sources = write.conversion.sources
-            if write.raw and not changed.keys() & set(sources):
+            if write.raw:
                 written |= {key: RawTensor(self._reader, key) for key in write.keys}
             else:
-                values = self.load_many([path for path in sources if path not in changed]) | changed
-                written |= write.conversion.run(values, self._model)
+                written |= write.conversion.run(self.load_many(write.conversion.sources), self._model)
         return written
 
     def parts(self, path: str) -> dict[str, tuple[int, slice]] | None:

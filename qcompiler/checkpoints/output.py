@@ -2,9 +2,8 @@
 
 Everything is made in `.NAME.partial` beside the output `NAME`, on the same file system:
 
-    fingerprint.json   what the content is made from: a later run resumes only if it would make the same
+    fingerprint.json   what the content is made from
     checkpoint/        becomes the output
-    scratch/           intermediate results of a run; never published
     old/               the former output, only while the two are exchanged
 
 `publish` renames the former output aside, renames the new one in and deletes the former. A process killed between the
@@ -34,7 +33,6 @@ class PartialFolder:
         self.output = output
         self.root = root
         self.content = root / "checkpoint"
-        self.scratch = root / "scratch"
         self._old = root / "old"
         self._lock = lock
         self._overwrite = overwrite
@@ -47,15 +45,14 @@ class PartialFolder:
         source: Path,
         fingerprint: Mapping[str, Any],
         overwrite: bool = False,
-        resume: bool = False,
     ) -> Self:
-        """Begin an output, or with `resume` go on with a partial one of the same fingerprint.
+        """Begin an output; what a killed run left of it is deleted.
 
         source: the folder that is being compiled. Output and source must lie apart.
         fingerprint: JSON values that decide every byte of the output: input files, pipeline, versions.
 
         Raises `CheckpointError`, before anything is written, if the output exists and `overwrite` is not set, if it is
-        no model folder, if another run is writing it, or if the partial folder was begun with another fingerprint.
+        no model folder, or if another run is writing it.
         """
         output = output.resolve()
         check_apart(output, source)
@@ -66,7 +63,7 @@ class PartialFolder:
             try:
                 folder._settle()
                 check_output(output, overwrite=overwrite)
-                folder._begin(json.loads(json.dumps(fingerprint)), resume)
+                folder._begin(fingerprint)
             except BaseException:
                 folder.close()
                 raise
@@ -93,33 +90,22 @@ class PartialFolder:
             self._remove()
 
     def close(self) -> None:
-        """Release the lock. A partial folder with finished work in it stays for a later `resume`."""
+        """Release the lock. A partial folder that holds anything stays."""
         if self._lock >= 0:
             if not any(self.root.iterdir()):
                 self.root.rmdir()
             os.close(self._lock)
             self._lock = -1
 
-    def _begin(self, fingerprint: Any, resume: bool) -> None:
+    def _begin(self, fingerprint: Mapping[str, Any]) -> None:
+        for path in self.root.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.content.mkdir()
         file = self.root / "fingerprint.json"
-        if resume and file.exists():
-            begun = json.loads(file.read_text())
-            if begun != fingerprint:
-                keys = sorted(k for k in begun.keys() | fingerprint.keys() if begun.get(k) != fingerprint.get(k))
-                raise CheckpointError(
-                    f"{self.root}: it was begun with other inputs: {', '.join(keys)} differ",
-                    hint="repeat the run that began it, or start afresh without resuming",
-                )
-        else:
-            for path in self.root.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.content.mkdir(exist_ok=True)
-        self.scratch.mkdir(exist_ok=True)
-        if not file.exists():  # appears whole: it is what makes a later run trust the rest
-            draft = file.with_suffix(".draft")
-            draft.write_text(json.dumps(fingerprint, indent=2))
-            sync_file(draft)
-            draft.rename(file)
+        draft = file.with_suffix(".draft")  # the file appears whole
+        draft.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8")
+        sync_file(draft)
+        draft.rename(file)
 
     def _settle(self) -> None:
         """End an exchange that was cut short: the former output goes back if the new one did not arrive."""

@@ -191,15 +191,6 @@ class RawTensor:
         self.reader.copy_bytes(self.key, write)
 
 
-def shard_tensors(file: Path) -> dict[str, TensorMeta]:
-    """The tensors that one safetensors file holds. Raises `CheckpointError` if its header is not sound."""
-    files: dict[Path, int] = {}
-    try:
-        return _open_shard(file, files)
-    finally:
-        _close(files)
-
-
 def _read_headers(folder: Path, files: dict[Path, int]) -> dict[str, TensorMeta]:
     """Open the folder's shards into `files` and return what they hold, checked against the index."""
     if not folder.is_dir():

@@ -20,7 +20,7 @@ from qcompiler.checkpoints.output import (
     sync_folder,
     writing_to,
 )
-from qcompiler.checkpoints.reader import INDEX_FILE, SINGLE_FILE, RawTensor, shard_tensors
+from qcompiler.checkpoints.reader import INDEX_FILE, SINGLE_FILE, RawTensor
 from qcompiler.errors import CheckpointError
 
 DiskTensor = torch.Tensor | RawTensor
@@ -54,25 +54,20 @@ class CheckpointWriter:
     """A checkpoint folder in the making: shards in any order, then `finish`. Use it as a context manager.
 
     A shard is written under a draft name, synced, then renamed: what has a shard's name is whole. If the block ends
-    without `finish` the partial folder is deleted, or kept for `resume` with `keep`; a killed process leaves it too.
+    without `finish` the partial folder is deleted; only a killed process leaves it.
     """
 
-    def __init__(self, folder: PartialFolder, shards: int, predicted_bytes: int, keep: bool) -> None:
+    def __init__(self, folder: PartialFolder, shards: int, predicted_bytes: int) -> None:
         self._folder = folder
         self._shards = shards
         self._predicted = predicted_bytes
-        self._keep = keep
         self._done = False
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
         self._finished: set[int] = set()
-        for index in range(shards):
-            if self.shard_file(index).exists():
-                metas = shard_tensors(self.shard_file(index))
-                self._note(index, {key: (meta.dtype, meta.shape) for key, meta in metas.items()})
-        needed, free = predicted_bytes - self._bytes, free_bytes(folder.root)
-        if needed > free:
-            raise disk_full(folder.output, needed, free)
+        free = free_bytes(folder.root)
+        if predicted_bytes > free:
+            raise disk_full(folder.output, predicted_bytes, free)
 
     @classmethod
     def open(
@@ -84,8 +79,6 @@ class CheckpointWriter:
         shards: int,
         predicted_bytes: int,
         overwrite: bool = False,
-        resume: bool = False,
-        keep: bool = False,
     ) -> Self:
         """Begin a checkpoint of `shards` files with `predicted_bytes` of tensors; see `PartialFolder.open`.
 
@@ -98,26 +91,12 @@ class CheckpointWriter:
             source=source,
             fingerprint={**fingerprint, "shards": shards},
             overwrite=overwrite,
-            resume=resume,
         )
         try:
-            return cls(folder, shards, predicted_bytes, keep)
+            return cls(folder, shards, predicted_bytes)
         except BaseException:
-            if resume:
-                folder.close()
-            else:
-                folder.discard()
+            folder.discard()
             raise
-
-    @property
-    def finished(self) -> frozenset[int]:
-        """The shards that are whole, those of a resumed run included."""
-        return frozenset(self._finished)
-
-    @property
-    def scratch(self) -> Path:
-        """A folder for intermediate results that a resumed run finds again and the output never contains."""
-        return self._folder.scratch
 
     def shard_file(self, index: int) -> Path:
         """Where shard `index` (from 0) lies until `finish`."""
@@ -142,7 +121,9 @@ class CheckpointWriter:
                 raise
             draft.rename(file)
             sync_folder(file.parent)
-        self._note(index, specs)
+        self._finished.add(index)
+        self._weight_map |= dict.fromkeys(specs, file.name)
+        self._bytes += _total(specs)
 
     def finish(self, files: Mapping[str, str], *, companions: Path | None = None) -> None:
         """Write small files, the index last, and make the folder the output.
@@ -174,15 +155,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._keep:
-            self._folder.close()
-        elif not self._done:
+        if not self._done:
             self._folder.discard()
-
-    def _note(self, index: int, specs: Mapping[str, Spec]) -> None:
-        self._finished.add(index)
-        self._weight_map |= dict.fromkeys(specs, self.shard_file(index).name)
-        self._bytes += _total(specs)
 
 
 def _total(specs: Mapping[str, Spec]) -> int:

@@ -45,10 +45,6 @@ class Assignment:
     def groups(self) -> dict[str, str | None]:
         return {site.name: r.group for r in self.resolutions for site in r.module.sites}
 
-    @property
-    def errors(self) -> tuple[Resolution, ...]:
-        return tuple(r for r in self.resolutions if r.error is not None)
-
 
 class LoaderError(Exception):
     """The loader raises here; the text is its exception. `assignment` turns it into a `Resolution.error`."""

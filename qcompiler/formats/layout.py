@@ -77,12 +77,6 @@ def packs_zero_point(scheme: Scheme) -> bool:
     return scheme.format is Format.PACK_QUANTIZED and per_row and not spec.symmetric
 
 
-def bits_per_weight(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> float:
-    """Bits on disk per element of the weight, with scales, zero points and all else that `layout` lists."""
-    tensors = layout(scheme, out_features, in_features, dtype)
-    return 8 * sum(meta.nbytes for meta in tensors.values()) / (out_features * in_features)
-
-
 def _scale_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
     if spec.is_mx:
         return torch.uint8

@@ -79,16 +79,14 @@ def map_nodes(arg: Any, fn: Callable[[Node], Any]) -> Any:
     return map_arg(arg, fn)
 
 
-def ancestors(starts: Iterable[Node], *, stop: Callable[[Node], bool] = lambda node: False) -> set[Node]:
-    """The nodes that `starts` depend on, themselves included; the walk goes no further than a `stop` node."""
+def ancestors(starts: Iterable[Node]) -> set[Node]:
+    """The nodes that `starts` depend on, themselves included."""
     seen: set[Node] = set()
     todo = list(starts)
     while todo:
         node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if not stop(node):
+        if node not in seen:
+            seen.add(node)
             todo.extend(node.all_input_nodes)
     return seen
 

@@ -139,7 +139,7 @@ def _values(piece: Piece, quantized: QuantizedTensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """How far a quantized weight is from its original. Errors of several weights add up."""
+    """How far a quantized weight is from its original."""
 
     squared_error: float  # ||W - Q||^2
     squared_norm: float  # ||W||^2
@@ -148,9 +148,6 @@ class WeightError:
     def relative(self) -> float:
         """||W - Q||^2 / ||W||^2, and 0 for an all-zero weight."""
         return self.squared_error / self.squared_norm if self.squared_norm else 0.0
-
-    def __add__(self, other: WeightError) -> WeightError:
-        return WeightError(self.squared_error + other.squared_error, self.squared_norm + other.squared_norm)
 
 
 def weight_error(weight: Tensor, quantized: QuantizedTensor) -> WeightError:

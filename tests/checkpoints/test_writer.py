@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -113,7 +112,6 @@ def test_shards_and_index_become_the_output_at_once(tmp_path: Path, source: Path
     with CheckpointReader.open(source) as reader, begin(output, source) as writer:
         writer.add_shard(1, {"x": RawTensor(reader, "x")})
         writer.add_shard(0, {"a": torch.ones(3)})
-        (writer.scratch / "codes").write_text("x")
         assert not output.exists()
         writer.finish({"config.json": "{}"}, companions=source)
     assert traces(tmp_path) == {"out"}
@@ -198,50 +196,25 @@ def test_an_exception_leaves_the_old_output_or_none(existed: bool, tmp_path: Pat
     assert not existed or (tmp_path / "out" / "config.json").read_text() == "old"
 
 
-def test_a_kept_partial_folder_is_resumed_at_its_finished_shards(tmp_path: Path, source: Path) -> None:
-    with begin(tmp_path / "out", source, keep=True) as writer:
+def test_no_tensor_and_no_shard_is_written_twice(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source) as writer:
         writer.add_shard(0, {"a": torch.ones(3)})
-        (writer.scratch / "codes").write_text("x")
-    assert traces(tmp_path) == {".out.partial"}
-    with begin(tmp_path / "out", source, resume=True) as writer:
-        assert writer.finished == {0}
-        assert (writer.scratch / "codes").read_text() == "x"
-        assert torch.equal(safetensors.torch.load_file(writer.shard_file(0))["a"], torch.ones(3))
         with pytest.raises(CheckpointError, match="already written"):
             writer.add_shard(0, {})
         with pytest.raises(CheckpointError, match=r"'a' is already in model-00001"):
             writer.add_shard(1, {"a": torch.ones(1)})
-        writer.add_shard(1, {"b": torch.ones(3)})
-        writer.finish({"config.json": "{}"})
-    with CheckpointReader.open(tmp_path / "out") as reader:
-        assert set(reader.tensors) == {"a", "b"}
 
 
-@pytest.mark.parametrize("change", [{"shards": 3}, {"fingerprint": {**FINGERPRINT, "pipeline": ["int8"]}}])
-def test_a_partial_folder_of_other_inputs_is_not_resumed(change: dict[str, Any], tmp_path: Path, source: Path) -> None:
-    with begin(tmp_path / "out", source, keep=True) as writer:
-        writer.add_shard(0, {"a": torch.ones(3)})
-    with pytest.raises(CheckpointError, match=f"begun with other inputs: {'shards' if 'shards' in change else 'pip'}"):
-        begin(tmp_path / "out", source, resume=True, **change)
-    with begin(tmp_path / "out", source, resume=True, keep=True) as writer:
-        assert writer.finished == {0}
-    with begin(tmp_path / "out", source, **change) as writer:
-        assert not writer.finished
-
-
-def test_a_run_that_does_not_resume_starts_afresh(tmp_path: Path, source: Path) -> None:
-    with begin(tmp_path / "out", source, keep=True) as writer:
-        writer.add_shard(0, {"a": torch.ones(3)})
-    with begin(tmp_path / "out", source) as writer:
-        assert not writer.finished
-        write_two(writer)
-    assert (tmp_path / "out").exists()
+def test_a_partial_folder_says_what_it_is_made_from(tmp_path: Path, source: Path) -> None:
+    with begin(tmp_path / "out", source):
+        said = json.loads((tmp_path / ".out.partial" / "fingerprint.json").read_text())
+    assert said == {**FINGERPRINT, "shards": 2}
 
 
 def test_two_runs_do_not_write_one_output(tmp_path: Path, source: Path) -> None:
     with begin(tmp_path / "out", source) as writer:
         with pytest.raises(CheckpointError, match="another run is writing it"):
-            begin(tmp_path / "out", source, resume=True)
+            begin(tmp_path / "out", source)
         write_two(writer)
     assert traces(tmp_path) == {"out"}
 
@@ -310,7 +283,7 @@ with CheckpointWriter.open(out, source=source, fingerprint={"f": 1}, shards=2, p
 
 @pytest.mark.parametrize("existed", [False, True])
 @pytest.mark.parametrize("moment", ["shard", "exchange", "cleanup"])
-def test_kill_9_leaves_the_old_output_or_the_new_and_a_resumable_rest(
+def test_kill_9_leaves_the_old_output_or_the_new_and_a_later_run_succeeds(
     moment: str, existed: bool, tmp_path: Path, source: Path
 ) -> None:
     out = tmp_path / "out"
@@ -322,18 +295,14 @@ def test_kill_9_leaves_the_old_output_or_the_new_and_a_resumable_rest(
         assert (out / "config.json").read_text() == "new"
     elif moment == "shard":
         assert (out / "config.json").read_text() == "old" if existed else not out.exists()
-    options = {"fingerprint": {"f": 1}, "overwrite": True, "resume": True}
-    with begin(out, source, **options) as writer:  # puts the old output back if the kill fell between two renames
+    with begin(out, source, overwrite=True) as writer:  # puts the old output back if the kill fell between two renames
         if moment != "cleanup":
             assert (out / "config.json").read_text() == "old" if existed else not out.exists()
-        assert writer.finished == {"shard": {0}, "exchange": {0, 1}, "cleanup": set()}[moment]
-        for index in {0, 1} - writer.finished:
-            writer.add_shard(index, {f"n{index}": torch.zeros(5)})
-        writer.finish({"config.json": "second"})
-    assert (out / "config.json").read_text() == "second"
+        write_two(writer)
+    assert (out / "config.json").read_text() == "{}"
     assert traces(tmp_path) == {"out"}
     with CheckpointReader.open(out) as reader:
-        assert len(reader.tensors) == 2
+        assert set(reader.tensors) == {"a", "b", "c"}
 
 
 @pytest.fixture
@@ -360,16 +329,6 @@ def test_a_disk_that_fills_up_leaves_the_old_output(predicted: int, small_disk: 
             writer.add_shard(1, {"b": torch.zeros(750_000)})
     assert (small_disk / "out" / "config.json").read_text() == "old"
     assert traces(small_disk) == {"out", "neighbour"}
-
-
-def test_finished_shards_count_towards_the_space_that_is_needed(small_disk: Path, source: Path) -> None:
-    with begin(small_disk / "out", source, predicted_bytes=4_000_000, keep=True) as writer:
-        writer.add_shard(0, {"a": torch.zeros(500_000)})
-    with begin(small_disk / "out", source, predicted_bytes=4_000_000, resume=True) as writer:
-        assert writer.finished == {0}
-        writer.add_shard(1, {"b": torch.zeros(400_000)})
-        writer.finish({"config.json": "{}"})
-    assert os.listdir(small_disk) == ["out"]
 
 
 def test_a_parent_that_is_no_folder_is_a_clean_error(tmp_path: Path, source: Path) -> None:

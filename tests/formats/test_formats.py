@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompiler.errors import CheckpointError, ConfigError, LegalityError
-from qcompiler.formats import InputParams, bits_per_weight, layout, pack, unpack
+from qcompiler.formats import InputParams, layout, pack, unpack
 from qcompiler.numerics import QuantizedTensor, dequantize, quantize_weight
 from qcompiler.scheme import PRESETS, Format, QuantSpec, Scheme, Strategy, preset
 from tests.numerics.cases import STRATEGIES, WEIGHT_SPECS, integer
@@ -69,8 +69,6 @@ def test_what_is_packed_is_what_the_layout_predicts(scheme: Scheme, dtype: torch
         tensor = packed[name]
         assert (tensor.dtype, tuple(tensor.shape), tensor.nbytes) == (meta.dtype, meta.shape, meta.nbytes), name
         assert tensor.is_contiguous(), name
-    bits = 8 * sum(t.nbytes for t in packed.values()) / (SHAPE[0] * SHAPE[1])
-    assert bits_per_weight(scheme, *SHAPE, dtype) == bits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,12 +147,6 @@ def test_symmetric_schemes_write_no_zero_points(scheme: Scheme) -> None:
 )  # fmt: skip
 def test_the_layout_of_presets(name: str, expected: dict[str, list[int]]) -> None:
     assert {n: list(m.shape) for n, m in layout(preset(name), *SHAPE, torch.bfloat16).items()} == expected
-
-
-def test_bits_per_weight_counts_scales_and_zero_points() -> None:
-    scheme = preset("W4A16_ASYM")
-    assert bits_per_weight(scheme, 4096, 4096, torch.bfloat16) == pytest.approx(4 + (16 + 4) / 128, rel=1e-4)
-    assert bits_per_weight(preset("NVFP4A16"), 4096, 4096, torch.bfloat16) == pytest.approx(4.5, rel=1e-4)
 
 
 def test_every_format_is_covered() -> None:
