@@ -1,6 +1,7 @@
 """Number formats: weights to codes and back, and the fake quantization of activations. Pure torch, on any device."""
 
 from qcompiler.numerics.activations import fake_quantize
+from qcompiler.numerics.quadratic import quadratic_form
 from qcompiler.numerics.scales import input_global_scale, nvfp4_global_scale, static_qparams
 from qcompiler.numerics.tensor import QuantizedTensor, scale_shape
 from qcompiler.numerics.weights import (
@@ -23,6 +24,7 @@ __all__ = [
     "input_global_scale",
     "multiplied_out",
     "nvfp4_global_scale",
+    "quadratic_form",
     "quantize_weight",
     "range_factors",
     "scale_shape",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcompiler.numerics import QuantizedTensor, multiplied_out
+from qcompiler.numerics import QuantizedTensor, multiplied_out, quadratic_form
 from qcompiler.numerics.elements import round_to_codes, round_to_values
 from qcompiler.numerics.scales import scale_value
 from qcompiler.scheme import Strategy
@@ -182,11 +182,9 @@ def _codes(values: Tensor, nearest: QuantizedTensor, order: Tensor) -> Tensor:
 
 def output_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
     """tr((W - Q) H (W - Q)^T): the squared error of the layer's output, summed over what the Hessian saw."""
-    difference = weight.float() - multiplied_out(quantized)
-    return float((difference @ hessian).mul_(difference).sum(dtype=torch.float64))
+    return quadratic_form(multiplied_out(quantized).sub_(weight), hessian)
 
 
 def output_size(weight: Tensor, hessian: Tensor) -> float:
     """tr(W H W^T): the squared output of the layer, summed over what the Hessian saw."""
-    original = weight.float()
-    return float((original @ hessian).mul_(original).sum(dtype=torch.float64))
+    return quadratic_form(weight.float(), hessian)

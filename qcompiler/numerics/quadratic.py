@@ -1,0 +1,23 @@
+"""What a change of a weight does to a layer's output, given the Hessian X^T X of its inputs X [tokens, I]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_COLUMNS = 512
+
+
+def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T) for D = `rows` [R, I] and a symmetric `hessian` [I, I], both float32: ||D X^T||^2 over the tokens.
+
+    Only what lies on or above the diagonal of H is multiplied, block by block, and the rest counted by symmetry.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for start in range(0, len(hessian), _COLUMNS):
+        columns = slice(start, min(start + _COLUMNS, len(hessian)))
+        product = rows[:, columns] @ hessian[columns, columns]
+        if start:
+            product.addmm_(rows[:, :start], hessian[:start, columns], alpha=2)
+        total += product.mul_(rows[:, columns]).sum(dtype=total.dtype)
+    return float(total)

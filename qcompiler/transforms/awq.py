@@ -1,0 +1,132 @@
+"""AWQ (Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration").
+
+Input channels with large activations get a scale before the weight is rounded, which makes their relative error
+smaller: W X becomes Q(W s) (X / s). The scale is s = (mean |X|)^r, or with `duo_scaling` (as AutoAWQ and llm-compressor
+have it) (mean |X|)^r / (mean |W|)^(1 - r), and r is searched for the least error of the output.
+
+The peers measure that error by running the block again for each r. For the linears' own outputs it needs no run:
+||(W - Q(W s) / s) X||^2 is a quadratic form in the Hessian X^T X, exact over all tokens. What differs from
+llm-compressor's search, then, is that errors are those of each linear's output and not of the block's (after attention
+or the MLP's product), and that a channel that is always zero keeps a scale of 1 and takes no part in normalization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler.numerics import quadratic_form, weight_amax
+from qcompiler.numerics.tensor import pieces
+from qcompiler.scheme import QuantSpec, Strategy
+from qcompiler.transforms.options import AwqOptions
+from qcompiler.transforms.ties import tied_mean
+
+_SMALLEST = 1e-4  # of a scale before it is normalized, and added to the weights' part: as in AutoAWQ
+_ROWS = 512
+
+Quantize = Callable[[int, Tensor], Tensor]
+"""(which weight, the weight scaled [O, I]) to the same, rounded: float32 or the weight's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A point of the grid: the exponent, and whether weights enter the scale."""
+
+    ratio: float
+    duo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AwqChoice:
+    """The best scale (float32 [I]), where it lies on the grid (None: no scale), its squared error, and that of none."""
+
+    scale: Tensor
+    candidate: Candidate | None
+    error: float
+    before: float
+
+
+def search(
+    weights: Sequence[Tensor],
+    mean_abs: Tensor,
+    hessian: Tensor,
+    quantize: Quantize,
+    options: AwqOptions,
+    *,
+    specs: Sequence[QuantSpec],
+    ties: Tensor | None = None,
+) -> AwqChoice:
+    """The scale of the grid under which the rounded `weights` (each [O_k, I]) change the outputs least.
+
+    The error is the sum over weights of tr(D H D^T), D = W - Q(W s) / s; that of no scale is among those compared, so
+    the choice is never worse. `mean_abs` float32 [I] is mean |X_j|, `hessian` float32 [I, I] is X^T X, `specs` are what
+    the weights are rounded to, and channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32
+    and rounded to its dtype once, as it will be when the scale is folded.
+
+    Raises `ValueError` where the inputs are not finite.
+    """
+    if not bool(mean_abs.isfinite().all()):
+        raise ValueError("the mean activations have NaN or infinite values")
+    activations = tied_mean(mean_abs.float(), ties)
+    magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
+    best, scale = None, torch.ones_like(activations)
+    error = before = _output_error(weights, scale, hessian, quantize, float("inf"))
+    for candidate in _candidates(options):
+        tried = _scale(candidate, activations, magnitudes)
+        found = _output_error(weights, tried, hessian, quantize, error)
+        if found < error:
+            best, scale, error = candidate, tried, found
+    return AwqChoice(scale, best, error, before)
+
+
+def normalized_mean(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:
+    """Per input channel, the mean over all rows of |w| / max |w| of the elements that share its scale: float32 [I]."""
+    total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
+    for weight, spec in zip(weights, specs, strict=True):
+        whole = weight_amax(weight) if spec.strategy is Strategy.TENSOR else None
+        for piece in pieces(spec, (weight.shape[0], weight.shape[1]), weight.device):
+            values = piece.elements(weight).float().abs_()
+            values /= (values.amax((1, 3), keepdim=True) if whole is None else whole) + 1e-6
+            total[piece.columns] += values.flatten(2).sum((0, 1)).double()
+    return (total / sum(len(weight) for weight in weights)).float()
+
+
+def _candidates(options: AwqOptions) -> list[Candidate]:
+    """The grid without the point that is no scale, which llm-compressor counts as one of its points too.
+
+    From the middle of the range outwards: a good one early shows the others to be worse before they are all computed.
+    """
+    kinds = (False, True) if options.duo_scaling == "both" else (bool(options.duo_scaling),)
+    points = options.grid // len(kinds) - (options.duo_scaling is True)
+    ratios = [i / max(points - 1, 1) for i in range(points)]
+    grid = [Candidate(ratio, duo) for ratio in ratios for duo in kinds if duo or ratio > 0]
+    return sorted(grid, key=lambda candidate: abs(candidate.ratio - 0.5))
+
+
+def _scale(candidate: Candidate, activations: Tensor, magnitudes: Tensor | None) -> Tensor:
+    scale = activations.pow(candidate.ratio)
+    if candidate.duo:
+        assert magnitudes is not None
+        scale = scale / (magnitudes.pow(1 - candidate.ratio) + _SMALLEST)
+    scale.clamp_(min=_SMALLEST)
+    alive = activations > 0
+    if not bool(alive.any()):
+        return torch.ones_like(scale)
+    low, high = scale[alive].aminmax()
+    return torch.where(alive, scale / (low * high).sqrt(), 1.0)
+
+
+def _output_error(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, quantize: Quantize, limit: float) -> float:
+    """The error under `scale`; from `limit` on, some number that is not below it."""
+    total = 0.0
+    for which, weight in enumerate(weights):
+        scaled = (weight.float() * scale).to(weight.dtype)
+        difference = quantize(which, scaled).float().div_(scale).sub_(weight)
+        for start in range(0, len(difference), _ROWS):
+            total += quadratic_form(difference[start : start + _ROWS], hessian)
+            if total >= limit:
+                return total
+    return total
