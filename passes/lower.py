@@ -40,5 +40,8 @@ class _Lower(PartitionStep):
         lower_graph(self._graph)
         self._checkpoint.finish()
 
+    def publish(self) -> None:
+        self._checkpoint.publish()
+
     def abort(self) -> None:
         self._checkpoint.abort()

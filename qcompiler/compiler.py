@@ -123,6 +123,8 @@ def compile(
     Raises a `QCompilerError`, after which `output` is what it was before.
     """
     destination = Destination(Path(output), overwrite)
+    if isinstance(model, (str, Path)) and (given := Path(model).expanduser()).is_dir():
+        check_apart(destination.folder, given)  # before anything that would advise to delete the output
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
     sampled = _sampled(calibration, sampling)

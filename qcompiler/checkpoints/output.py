@@ -25,6 +25,9 @@ from typing import Any, Self
 
 from qcompiler.errors import CheckpointError
 
+PROVENANCE = "qcompiler.json"
+"""Says how a checkpoint was compiled. Only a folder that has it may be replaced: we wrote it."""
+
 
 class PartialFolder:
     """The partial folder of one output, locked against other runs. Made by `open`; ended by `publish` or `discard`."""
@@ -51,8 +54,8 @@ class PartialFolder:
         source: the folder that is being compiled. Output and source must lie apart.
         fingerprint: JSON values that decide every byte of the output: input files, pipeline, versions.
 
-        Raises `CheckpointError`, before anything is written, if the output exists and `overwrite` is not set, if it is
-        no model folder, or if another run is writing it.
+        Raises `CheckpointError`, before anything is written, if the output exists and `overwrite` is not set, if it was
+        not written by us, or if another run is writing it.
         """
         output = output.resolve()
         check_apart(output, source)
@@ -204,9 +207,10 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             f"{output}: the output exists",
             hint="choose another folder, or pass --overwrite (Python: overwrite=True) to replace it",
         )
-    if any(output.iterdir()) and not (output / "config.json").is_file():
+    lacking = [name for name in ("config.json", PROVENANCE) if not (output / name).is_file()]
+    if lacking and any(output.iterdir()):
         raise CheckpointError(
-            f"{output}: it has no config.json, so it is no model folder and is not overwritten",
+            f"{output}: it has no {lacking[0]}, so qcompiler did not write it and does not overwrite it",
             hint="choose another output folder, or delete this one yourself",
         )
 

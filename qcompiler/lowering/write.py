@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qcompiler.checkpoints.output import PROVENANCE
 from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
 from qcompiler.emit.config import LOADERS, build_quantization_config
 from qcompiler.errors import VerificationError
@@ -23,7 +24,6 @@ from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.stream import tensor_paths
 
 LIBRARY_VERSION = version("compressed-tensors")
-PROVENANCE = "qcompiler.json"
 
 
 class CheckpointStep:
@@ -109,13 +109,17 @@ class CheckpointStep:
         return name.removesuffix(".weight")
 
     def finish(self) -> None:
-        """Check the bytes against the plan, write config and provenance, and make the folder the output."""
-        report = self._context.report
-        if self._written != report.total_bytes:
+        """Check the bytes against the plan. Raises `VerificationError`."""
+        predicted = self._context.report.total_bytes
+        if self._written != predicted:
             raise VerificationError(
-                f"{self._written} bytes of tensors were written, and {report.total_bytes} were predicted: "
+                f"{self._written} bytes of tensors were written, and {predicted} were predicted: "
                 "the plan and the writer disagree, which is a defect of qcompiler"
             )
+
+    def publish(self) -> None:
+        """Write config and provenance, with what later passes reported, and make the folder the output."""
+        report = self._context.report
         report.config_summary = self._config.summary
         # No timings: equal inputs give equal folders, byte for byte.
         provenance = {**self._context.provenance, "report": report.as_dict(timings=False)}

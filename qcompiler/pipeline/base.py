@@ -69,8 +69,12 @@ class PartitionStep(ABC):
     def finish(self) -> None:
         """After the last partition: bring the graph to the stage that the pass ensures."""
 
+    def publish(self) -> None:
+        """Every pass of the pipeline has finished: let what this one made be seen outside."""
+        return
+
     def abort(self) -> None:
-        """The sweep failed: leave nothing behind."""
+        """The sweep, a later pass or publishing failed: leave nothing behind."""
         return
 
 

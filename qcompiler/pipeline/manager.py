@@ -64,28 +64,43 @@ def _planned(pipeline: Pipeline) -> Iterator[GraphPass]:
 
 
 def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
-    """Run what follows: every stretch of consecutive streaming passes as one sweep over the partitions."""
+    """Run what follows: every stretch of consecutive streaming passes as one sweep over the partitions.
+
+    What they made is published when the last pass has finished; whatever fails before, nothing is.
+    """
     items = list(pipeline.flat())
     first = next((i for i, item in enumerate(items) if isinstance(item, StreamingPass)), len(items))
-    for stretch in _stretches(items[first:]):
-        if isinstance(stretch, GraphPass):
-            start = perf_counter()
-            stretch.run(graph, context)
-            _done(stretch, graph, context, perf_counter() - start, show)
-            continue
-        steps: list[PartitionStep] = []
-        try:
-            steps.extend(item.begin(graph, context) for item in stretch)  # what began is aborted if the next does not
-            spent = sweep(graph, steps, context)
-            for item, step, seconds in zip(stretch, steps, spent.steps, strict=True):
+    begun: list[PartitionStep] = []
+    try:
+        for stretch in _stretches(items[first:]):
+            if isinstance(stretch, GraphPass):
                 start = perf_counter()
-                step.finish()
-                _done(item, graph, context, seconds + perf_counter() - start, show)
-        except BaseException:
-            for step in steps:
-                step.abort()
-            raise
-        context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts.items()]
+                stretch.run(graph, context)
+                _done(stretch, graph, context, perf_counter() - start, show)
+            else:
+                _sweep(stretch, begun, graph, context, show)
+        for step in begun:
+            step.publish()
+    except BaseException:
+        for step in begun:
+            step.abort()
+        raise
+
+
+def _sweep(
+    items: Sequence[StreamingPass], begun: list[PartitionStep], graph: Graph, context: Context, show: Printer | None
+) -> None:
+    """One sweep of `items`. Each step joins `begun` as it begins, so that it is aborted if the next does not."""
+    steps: list[PartitionStep] = []
+    for item in items:
+        steps.append(item.begin(graph, context))
+        begun.append(steps[-1])
+    spent = sweep(graph, steps, context)
+    for item, step, seconds in zip(items, steps, spent.steps, strict=True):
+        start = perf_counter()
+        step.finish()
+        _done(item, graph, context, seconds + perf_counter() - start, show)
+    context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts.items()]
 
 
 def _stretches(items: Sequence[Pass]) -> Iterator[GraphPass | list[StreamingPass]]:

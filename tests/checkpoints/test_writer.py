@@ -47,6 +47,7 @@ def write_two(writer: CheckpointWriter) -> None:
 def old_output(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("old")
+    (folder / "qcompiler.json").write_text("{}")
     return folder
 
 
@@ -159,11 +160,20 @@ def test_overwriting_replaces_the_folder_as_a_whole(tmp_path: Path, source: Path
     assert traces(tmp_path) == {"out"}
 
 
-def test_a_folder_that_is_no_model_is_never_overwritten(tmp_path: Path, source: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("")
-    with pytest.raises(CheckpointError, match="no model folder"):
-        begin(tmp_path / "home", source, overwrite=True)
+@pytest.mark.parametrize("lacking", ["config.json", "qcompiler.json"])
+def test_only_a_folder_that_was_written_here_is_overwritten(lacking: str, tmp_path: Path, source: Path) -> None:
+    home = old_output(tmp_path / "home")
+    (home / lacking).rename(home / "thesis.tex")
+    with pytest.raises(CheckpointError, match=f"no {lacking}, so qcompiler did not write it"):
+        begin(home, source, overwrite=True)
+    assert traces(tmp_path) == {"home"}
+
+
+def test_an_empty_folder_may_be_overwritten(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with begin(tmp_path / "out", source, overwrite=True) as writer:
+        write_two(writer)
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(("where", "how"), [(".", "is"), ("sub", "lies inside"), ("..", "contains")])
@@ -277,7 +287,7 @@ if moment == "cleanup":
 with CheckpointWriter.open(out, source=source, fingerprint={"f": 1}, shards=2, predicted_bytes=0, overwrite=True) as w:
     w.add_shard(0, {"a": torch.ones(3)})
     w.add_shard(1, {"b": Half(None, "b") if moment == "shard" else torch.zeros(100_000)})
-    w.finish({"config.json": "new"})
+    w.finish({"config.json": "new", "qcompiler.json": "{}"})
 """
 
 

@@ -17,10 +17,16 @@ from tests.disks import mounted
 @pytest.fixture
 def old(results: Path) -> Path:
     """An output that was there before."""
-    folder = results / "out"
+    folder = make_old(results / "out")
+    write(folder / "stale.txt", "old")
+    return folder
+
+
+def make_old(folder: Path) -> Path:
+    """A folder that passes for a compiled checkpoint."""
     folder.mkdir()
     write(folder / "config.json", "old")
-    write(folder / "stale.txt", "old")
+    write(folder / "qcompiler.json", "{}")
     return folder
 
 
@@ -55,9 +61,18 @@ def test_a_failure_while_overwriting_leaves_the_old_output(old: Path, broken: Pa
     ],
 )
 def test_output_and_model_lie_apart(where: str, says: str, broken: Path, refuse: Refuse) -> None:
-    write(broken.parent / "config.json", "{}")  # that folder looks like a model too
+    for name in ("config.json", "qcompiler.json"):  # these folders look like compiled ones
+        write(broken.parent / name, "{}")
+    write(broken / "qcompiler.json", "{}")
     before = contents(broken)
     refuse("compile", broken, "-p", "w8a8", "--overwrite", "--output", broken / where, says=[says, "apart"])
+    assert contents(broken) == before
+
+
+def test_a_model_that_was_not_compiled_is_never_replaced(broken: Path, model: Path, refuse: Refuse) -> None:
+    before = contents(broken)
+    args = ["compile", model, "-p", "w8a8", "--overwrite", "--output", broken]
+    refuse(*args, says=[str(broken), "no qcompiler.json", "choose another", "delete this one yourself"])
     assert contents(broken) == before
 
 
@@ -113,10 +128,8 @@ def test_a_disk_that_is_full_leaves_the_old_output(
         "in a shard": predicted + 2 * PAGE,
         "after the shards": pages(*shards, PAGE),
     }
-    with mounted(tmp_path / "disk", f"size={pages(room[moment]) + PAGE}") as disk:
-        old = disk / "out"
-        old.mkdir()
-        write(old / "config.json", "old")
+    with mounted(tmp_path / "disk", f"size={pages(room[moment]) + 2 * PAGE}") as disk:
+        old = make_old(disk / "out")
         before = contents(disk)
         args = ["compile", model, "-p", "w8a8", "--overwrite", "--output", old]
         message = refuse(*args, says=[f"{old}: the disk is full", "are free", "hint: free space"])

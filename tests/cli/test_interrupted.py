@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from time import sleep
 from typing import ClassVar, Literal
 
-from qcompiler import StreamingPass
+from qcompiler import GraphPass, StreamingPass
 from qcompiler.ir.graph import Stage
 from qcompiler.pipeline import PartitionStep
 
@@ -27,7 +27,7 @@ from qcompiler.pipeline import PartitionStep
 class Stall(StreamingPass):
     name: ClassVar[str] = "stall"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CALIBRATED, Stage.LOWERED})
-    how: Literal["sleep", "raise", "refuse to begin"] = "sleep"
+    how: Literal["sleep", "raise", "refuse to begin", "refuse to finish"] = "sleep"
 
     def begin(self, graph, context):
         if self.how == "refuse to begin":
@@ -44,17 +44,31 @@ class Step(PartitionStep):
         if self.seen == 2:
             if self.how == "raise":
                 raise RuntimeError("a defect in the second partition")
-            sleep(600)
+            if self.how == "sleep":
+                sleep(600)
 
     def finish(self):
-        pass
+        if self.how == "refuse to finish":
+            raise RuntimeError("a defect at the end of a sweep")
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(GraphPass):
+    name: ClassVar[str] = "inspect"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.LOWERED})
+    fails: bool = False
+
+    def run(self, graph, context):
+        if self.fails:
+            raise RuntimeError("a defect after the checkpoint was written")
+        context.report.info("inspected the lowered graph")
 """
 """A pass that ends or halts a run at its second partition, when the first shard is written."""
 
 
 @pytest.fixture
 def packages(install: Install) -> Path:
-    return install("others", {"others.py": OTHERS}, passes={"stall": "others:Stall"})
+    passes = {"stall": "others:Stall", "inspect": "others:Inspect"}
+    return install("others", {"others.py": OTHERS}, passes=passes)
 
 
 @pytest.fixture
@@ -129,3 +143,27 @@ def test_a_pass_that_does_not_begin_ends_those_that_did(
     with pytest.raises(RuntimeError, match="where a sweep begins"):
         run("compile", model, "-p", file, "-o", results / "out")
     assert os.listdir(results) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ("inspect: {fails: true}", "after the checkpoint was written"),
+        ("stall: {how: refuse to finish}", "at the end of a sweep"),
+    ],
+)
+def test_a_pass_that_fails_after_the_checkpoint_was_written_leaves_the_old_output(
+    last: str, says: str, old: dict[str, bytes], run: Run, model: Path, results: Path, tmp_path: Path, packages: Path
+) -> None:
+    file = pipeline_file(tmp_path, ("  - lower\n", f"  - lower\n  - {last}\n"))
+    with pytest.raises(RuntimeError, match=says):
+        run("compile", model, "-p", file, "-o", results / "out", "--overwrite")
+    assert contents(results) == old
+
+
+def test_what_a_pass_says_after_the_checkpoint_was_written_is_in_its_provenance(
+    run: Run, model: Path, results: Path, tmp_path: Path, packages: Path
+) -> None:
+    file = pipeline_file(tmp_path, ("  - lower\n", "  - lower\n  - inspect\n"))
+    assert run("compile", model, "-p", file, "-o", results / "out").code == 0
+    assert b"inspected the lowered graph" in contents(results)["out/qcompiler.json"]
