@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.numerics.elements import code_dtype, decode, round_to_codes, round_to_values
+from qcompiler.numerics.loss import Loss
 from qcompiler.numerics.scales import nvfp4_global_scale, qparams, scale_value
 from qcompiler.numerics.tensor import Piece, QuantizedTensor, pieces, scale_shape
 from qcompiler.scheme import QuantSpec, Strategy
@@ -37,14 +38,21 @@ def quantize_weight(
     scales: ScaleSearch = "minmax",
     scale_dtype: torch.dtype,
     global_scale: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> QuantizedTensor:
     """Round a weight [O, I] to nearest (ties to even) with scales that are already rounded to their on-disk dtype.
 
     `scales="minmax"` covers each range; `"mse"` takes of `range_factors` the one with the least squared error. As 1 is
     one of them, that is never worse. `global_scale` is NVFP4's (float32 [1]; by default this tensor's own).
 
+    `importance` (float32) says what `"mse"` takes an error to be. [I], the mean square of each input: squared errors
+    are weighted by it. [I, I], the Hessian X^T X of the inputs: the squared error of the output as far as the inputs
+    that share a scale make it, that is, their block of the Hessian, as AWQ (Lin et al. 2023) chooses where to clip.
+
     Raises `ValueError` on NaN or infinite values, `LegalityError` if the group size does not divide I.
     """
+    if importance is not None and scales != "mse":
+        raise ValueError("importance weighs the errors of scales='mse'")
     shape = (weight.shape[0], weight.shape[1])
     if spec.is_nvfp4 and global_scale is None:
         global_scale = nvfp4_global_scale(weight_amax(weight))
@@ -53,7 +61,7 @@ def quantize_weight(
     scale = torch.empty(scale_shape(spec, *shape), dtype=scale_dtype, device=weight.device)
     zero = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int8)
     codes = torch.empty(shape, dtype=code_dtype(spec), device=weight.device)
-    window = _Window(weight, spec, global_scale)
+    window = _Window(weight, spec, global_scale, Loss(importance))
     for band in _bands(weight, spec):
         low, high = window.range(band)
         factors = range_factors(spec) if scales == "mse" else (1.0,)
@@ -176,10 +184,11 @@ def _bands(weight: Tensor, spec: QuantSpec) -> Iterator[Sequence[Piece]]:
 class _Window:
     """The piece of a weight under work, in float32, with scratch of the same size."""
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, global_scale: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, spec: QuantSpec, global_scale: Tensor | None, loss: Loss) -> None:
         self._weight = weight
         self._spec = spec
         self._global_scale = global_scale
+        self._loss = loss
         self._buffers = torch.empty((2, 0), device=weight.device)
         self._values = self._scratch = self._buffers[0]
         self._loaded: Piece | None = None
@@ -221,7 +230,7 @@ class _Window:
     def best(
         self, band: Sequence[Piece], choices: Iterator[tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor | None]:
-        """Per tile, the scale and zero point with the least squared error; the earlier one of equals."""
+        """Per tile, the scale and zero point with the least error; the earlier one of equals."""
         scale, zero = next(choices)
         least = self._error(band, scale, zero)
         for other_scale, other_zero in choices:
@@ -234,15 +243,12 @@ class _Window:
         return scale, zero
 
     def _error(self, band: Sequence[Piece], scale: Tensor, zero: Tensor | None) -> Tensor:
-        """The squared error per tile."""
+        """The error per tile."""
         value = scale_value(scale, self._spec, self._global_scale)
         total = torch.zeros_like(value)
         for piece in band:
             rounded = round_to_values(self.scaled(piece, scale, zero), self._spec)
             if zero is not None:
                 rounded.sub_(zero)
-            rounded.mul_(value).sub_(self._load(piece)[0])
-            # Two norms of one dimension each: on CPU one over two dimensions is not vectorized.
-            norms = torch.linalg.vector_norm(rounded, dim=3, keepdim=True)
-            total += torch.linalg.vector_norm(norms, dim=1, keepdim=True).square_()
+            total += self._loss.per_tile(piece, rounded.mul_(value).sub_(self._load(piece)[0]))
         return total
