@@ -19,19 +19,24 @@ from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, QuantSpec, Scheme, SchemeField, Strategy
 from qcompiler.select import Select, Selection
 from qcompiler.solvers.options import GptqOptions, RtnOptions, SolverField
+from qcompiler.transforms.options import TransformField
 
 Find = partial[Selection]
 """`select.find` for one model: it knows how many layers there are."""
 
 
 class Rule(BaseModel):
-    """What becomes of the linears that `select` means. `scheme: null` leaves them dense."""
+    """What becomes of the linears that `select` means. `scheme: null` leaves them dense.
+
+    `transform` rescales their inputs before `solver` rounds their weights.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     select: Select
     scheme: SchemeField | None
     solver: SolverField = RtnOptions()
+    transform: TransformField = None
     optional: bool = False
     override: bool = False
 
@@ -200,7 +205,7 @@ def _decided(scheme: Scheme | None, rule: Rule, because: tuple[str, ...]) -> Qua
     if scheme is None:
         return Quant(None, "none", because)
     options = rule.solver if isinstance(rule.solver, GptqOptions) else None
-    return Quant(scheme, rule.solver.name, because, options)
+    return Quant(scheme, rule.solver.name, because, options, rule.transform)
 
 
 def _check_fusion(graph: Graph) -> None:

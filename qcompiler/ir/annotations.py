@@ -10,6 +10,7 @@ from qcompiler.errors import VerificationError
 from qcompiler.ir.fx import Node
 from qcompiler.scheme import QuantSpec, Scheme
 from qcompiler.solvers.options import GptqOptions
+from qcompiler.transforms.options import TransformOptions
 
 
 class LeafKind(StrEnum):
@@ -81,13 +82,21 @@ class Role:
 class Quant:
     """What becomes of a linear. `scheme` None means it stays dense on purpose; `because` says who decided.
 
-    `solver` names what rounds its weight, `options` are the solver's where it has any.
+    `solver` names what rounds its weight, `options` are the solver's where it has any. `transform` is what its inputs
+    are rescaled by before, where a producer can take the scale.
     """
 
     scheme: Scheme | None
     solver: str
     because: tuple[str, ...]
     options: GptqOptions | None = None
+    transform: TransformOptions | None = None
+
+    @property
+    def algorithm(self) -> str:
+        """Transform and solver in one word, e.g. `awq`, `gptq` or `smoothquant+gptq`; `rtn` where there is neither."""
+        names = [self.transform.name] if self.transform else []
+        return "+".join(names + [self.solver] * (self.solver != "rtn" or not names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def _notes(node: Node) -> tuple[list[str], str]:
     notes: list[str] = []
     because = ""
     if quant is not None:
-        notes += [quant.scheme.short, quant.solver] if quant.scheme else ["dense"]
+        notes += [quant.scheme.short, quant.algorithm] if quant.scheme else ["dense"]
         because = ", ".join(quant.because)
     if observer is not None:
         notes.append(f"{observer.kind} of {observer.purpose} for {observer.spec.short}  id={observer.id}")

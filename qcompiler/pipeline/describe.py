@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from qcompiler.pipeline.base import Pass
 from qcompiler.pipeline.options import REQUIRED, Option, options_of, tables_below
@@ -36,7 +36,8 @@ def _describe(cls: type[Pass]) -> str:
     lines = [f"{cls.name}  ({before}{after})", *(f"  {line}".rstrip() for line in text.splitlines())]
     lines += [f"    {line}" for line in _options(cls)]
     for table in tables_below(cls):
-        lines += [f"    {table.__name__}:", *(f"      {line}" for line in _options(table))]
+        if options := _options(table):
+            lines += [f"    {_type_words(table)}:", *(f"      {line}" for line in options)]
     return "\n".join(lines) + "\n"
 
 
@@ -57,6 +58,8 @@ def _type_words(kind: Any) -> str:
         return f"[{', '.join('...' if part is Ellipsis else _type_words(part) for part in parts)}]"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " | ".join(_words(member.value) for member in kind)
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(name := getattr(kind, "name", None), str):
+        return name  # options that are chosen by name
     return _PLAIN.get(kind) or str(getattr(kind, "__name__", kind))
 
 
