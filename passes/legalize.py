@@ -15,7 +15,6 @@ from qcompiler.errors import ConfigError, LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.lowering.sites import disk_sites, scheme_of, sites
-from qcompiler.lowering.write import LIBRARY_VERSION
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.targets import Target, check, load_target
@@ -83,7 +82,6 @@ class Legalize(GraphPass):
             everything,
             also=disk_sites(graph, context.source),
             kv_cache=graph.kv_cache,
-            compressed_tensors_version=LIBRARY_VERSION,
         )
         try:
             emitted = build()

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
-from qcompiler.emit.patterns import REGEX_PREFIX, Pattern
 from qcompiler.errors import ConfigError, did_you_mean
+from qcompiler.expressions import REGEX_PREFIX, Pattern
 from qcompiler.ir.annotations import Leaf, Role, Structure, need
 from qcompiler.ir.fx import Node
 

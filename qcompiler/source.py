@@ -14,8 +14,8 @@ from typing import Any, Self, TypeAlias
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qcompiler.checkpoints.companions import copy_companions
 from qcompiler.checkpoints.finite import FiniteTensor, check_finite, place
@@ -25,6 +25,7 @@ from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint
 from qcompiler.checkpoints.writer import DiskTensor
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
+from qcompiler.meta import build_on_meta
 from qcompiler.refuse import refuse, refuse_built
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -286,31 +287,3 @@ def _weight_files(folder: Path) -> bool:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a config describes, in eval mode on the meta device. Raises `CaptureError`."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        wrong = "the code that the model brings" if getattr(config, "auto_map", None) else "config.json"
-        raise CaptureError(
-            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {error}",
-            hint=f"correct {wrong}: Transformers itself does not build it",
-        ) from error
-    _all_on_meta(model)
-    model.eval()
-    return model
-
-
-def _all_on_meta(model: PreTrainedModel) -> None:
-    """Move what a class insists on making elsewhere (`torch.FloatTensor(...)` knows no default device)."""
-    moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                meta = nn.Parameter(parameter.to("meta"), requires_grad=False)
-                module._parameters[name] = moved.setdefault(id(parameter), meta)

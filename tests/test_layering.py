@@ -53,6 +53,48 @@ def test_the_mechanism_never_imports_the_policy(file: Path) -> None:
     assert not [name for name in named if name.startswith(".")], "relative imports hide where they lead"
 
 
+LAYERS = (
+    {"errors", "report"},
+    {"scheme", "expressions", "refuse", "requirements", "meta"},
+    {"numerics"},
+    {"formats", "solvers"},
+    {"ir"},
+    {"patterns", "select"},
+    {"emit", "targets"},
+    {"checkpoints", "data"},
+    {"source", "fidelity"},
+    {"capture", "lowering", "pipeline", "runtime"},
+    {"compiler", "verification", "show", "demo"},
+    {"cli", "__init__"},
+)
+"""The modules and packages of the mechanism, from the ground up: each imports what stands beside or below it."""
+
+
+def part_of(file: Path) -> str:
+    """The package or module of the mechanism that a file is, or belongs to."""
+    return file.relative_to(ROOT / "qcompiler").parts[0].removesuffix(".py")
+
+
+def test_imports_lead_down() -> None:
+    depth = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    assert depth.keys() == {part_of(file) for file in files("qcompiler")}
+    for file in files("qcompiler"):
+        named = [name.split(".")[1] for name in imports(file.read_text(encoding="utf-8")) if "qcompiler." in name]
+        assert not [name for name in named if depth[name] > depth[part_of(file)]], file
+
+
+LAZY = {"qcompiler/cli.py", "qcompiler/pipeline/registry.py"}
+"""What must answer at once, and so imports heavy parts when it needs them."""
+
+
+def test_only_what_must_answer_at_once_imports_inside_functions() -> None:
+    for file in files("qcompiler"):
+        tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        functions = [node for node in tree if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        inner = [name for node in functions for name in imports(ast.unparse(node)) if package(name) == "qcompiler"]
+        assert not inner or str(file.relative_to(ROOT)) in LAZY, file
+
+
 def test_imports_are_found_wherever_they_hide() -> None:
     source = """
 import a.b, c

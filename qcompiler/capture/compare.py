@@ -16,6 +16,7 @@ from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.fx import op_name
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.partition import partitions
+from qcompiler.meta import build_on_meta
 from qcompiler.runtime.evaluate import evaluate
 
 _SHAPE = (3, 13)
@@ -58,8 +59,6 @@ def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None
     every kind of partition that the graph has. Then its graph and its eager forward pass must agree to the last bit.
     Raises `CaptureError` otherwise.
     """
-    from qcompiler.source import build_on_meta
-
     if graph.model.device.type != "meta":
         return compare_logits(graph, graph.model)
     twin = build_twin(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from qcompiler.emit.compact import compact_targets, exact_expression, exact_targets
@@ -66,7 +67,6 @@ def build_quantization_config(
     also: Sequence[Site] = (),
     kv_cache: KVCacheSpec | None = None,
     loaders: Sequence[str] = LOADERS,
-    compressed_tensors_version: str,
 ) -> EmittedConfig:
     """The `quantization_config` of a model whose linears are `sites`, dense ones too, proved against `loaders`.
 
@@ -82,7 +82,7 @@ def build_quantization_config(
 
     def build(targets_of: _TargetsOf) -> dict[str, Any]:
         label_of: dict[str, Hashable] = {site.name: site.scheme for site in named}
-        return _config(schemes, targets_of(named, label_of), _ignore(named), kv_cache, compressed_tensors_version)
+        return _config(schemes, targets_of(named, label_of), _ignore(named), kv_cache)
 
     config, exact_because = build(compact_targets), None
     disagreements = prove(config, named, loaders)
@@ -151,7 +151,6 @@ def _config(
     targets: Mapping[Hashable, Sequence[str]],
     ignore: Sequence[str],
     kv_cache: KVCacheSpec | None,
-    version: str,
 ) -> dict[str, Any]:
     formats = sorted({scheme.format for scheme in schemes})
     return {
@@ -166,7 +165,7 @@ def _config(
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
-        "version": version,
+        "version": version("compressed-tensors"),
     }
 
 

@@ -1,68 +1,10 @@
-"""Target patterns of `quantization_config`: an exact name, a class name, or `re:` and a regular expression.
-
-Loaders run these with `re.match` and no limit. Here every expression runs under a timeout: checkpoints come from
-strangers, and an expression that backtracks forever must be an error with a name, not a hang.
-"""
+"""Target patterns of `quantization_config`: an exact name, a class name, or `re:` and a regular expression."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable
-from time import thread_time
 
-import regex
-
-from qcompiler.errors import ConfigError
-
-REGEX_PREFIX = "re:"
-TIMEOUT_SECONDS = 1.0
-_SLOW_SECONDS = 0.005  # a thousand times what an expression takes that does not backtrack
-_MAX_REPEATS = 10_000
-_REPEAT = re.compile(r"\{(?:\d*,)?(\d+)\}")
-
-
-class Pattern:
-    """One compiled `re:` target. Raises `ConfigError` where the expression is invalid."""
-
-    __slots__ = ("_compiled", "_spent", "target")
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self._spent = 0.0
-        # Compiling writes counted repeats out, nested ones multiplied, and knows no timeout.
-        if math.prod(int(count[:9]) or 1 for count in _REPEAT.findall(target)) > _MAX_REPEATS:
-            raise ConfigError(
-                f"target {target!r} repeats parts of itself more than {_MAX_REPEATS} times",
-                hint="a module's name is short: use *, + or a small count",
-            )
-        try:
-            self._compiled = regex.compile(target.removeprefix(REGEX_PREFIX))
-        except regex.error as error:
-            raise ConfigError(
-                f"target {target!r} is not a regular expression: {error}",
-                hint=f"targets that start with {REGEX_PREFIX!r} are regular expressions; escape dots and brackets",
-            ) from None
-
-    def matches(self, value: str) -> bool:
-        """Whether the expression matches at the start of `value` (as `re.match`).
-
-        Raises `ConfigError` on a timeout. All slow matches of an expression share it: half a second for each name of a
-        large model would be hours.
-        """
-        start = thread_time()
-        try:
-            found = self._compiled.match(value, timeout=max(TIMEOUT_SECONDS - self._spent, _SLOW_SECONDS))
-        except TimeoutError:
-            raise ConfigError(
-                f"target {self.target!r} did not finish on {value!r} within {TIMEOUT_SECONDS:g} s: it backtracks "
-                "exponentially",
-                hint="replace nested repetition such as (a+)+ with a plain one, or name the modules",
-            ) from None
-        spent = thread_time() - start
-        if spent > _SLOW_SECONDS:
-            self._spent += spent
-        return found is not None
+from qcompiler.expressions import REGEX_PREFIX, Pattern
 
 
 class TargetList:

@@ -1,1 +1,1 @@
-"""From an annotated graph to what lies on disk: sites for loaders, predicted bytes, config, and the lowered graph."""
+"""From an annotated graph to what lies on disk, and back: sites for loaders, bytes, config, and the lowered graph."""

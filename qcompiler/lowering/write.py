@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +22,6 @@ from qcompiler.pipeline.base import Context, Destination, PartitionWork
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.stream import tensor_paths
 
-LIBRARY_VERSION = version("compressed-tensors")
-
 
 class CheckpointStep:
     """The writing side of a sweep: partitions in order, and every tensor in the shard of its first use."""
@@ -38,7 +35,6 @@ class CheckpointStep:
             also=disk_sites(graph, context.source),
             kv_cache=graph.kv_cache,
             loaders=graph.loaders or LOADERS,
-            compressed_tensors_version=LIBRARY_VERSION,
         )
         self._dense = self._assign_paths()
         shards = [name for name, (dense, packed) in self._dense.items() if dense or packed]

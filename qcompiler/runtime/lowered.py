@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from qcompiler.capture import capture_graph
-from qcompiler.checkpoints.decompress import CompressedReader
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import CheckpointError
@@ -25,14 +24,16 @@ from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, quantized_linear
 from qcompiler.ir.partition import partitions
+from qcompiler.lowering.read import CompressedReader
 from qcompiler.lowering.rewrite import lower_graph
+from qcompiler.meta import build_on_meta
 from qcompiler.numerics import fake_quantize as round_activations
 from qcompiler.patterns.cache import cached_tensors
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.executor import lazy_weights
 from qcompiler.runtime.stream import Stream, always
 from qcompiler.scheme import Strategy
-from qcompiler.source import ModelSource, build_on_meta, read_config
+from qcompiler.source import ModelSource, read_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from qcompiler.capture.compare import compare_logits
 from qcompiler.capture.twin import build_twin
 from qcompiler.errors import CaptureError
 from qcompiler.ir.graph import Graph
-from qcompiler.source import build_on_meta
+from qcompiler.meta import build_on_meta
 from tests.zoo import causal_lm_classes, left_out, tiny_config
 
 DECODERS = [model_type for model_type, _ in causal_lm_classes() if left_out(model_type) is None]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qcompiler.capture import capture_graph
 from qcompiler.ir.graph import Graph
-from qcompiler.source import build_on_meta
+from qcompiler.meta import build_on_meta
 from tests.zoo import tiny_config
 
 

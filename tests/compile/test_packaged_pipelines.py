@@ -15,9 +15,9 @@ from torch import nn
 
 import qcompiler
 from qcompiler import CalibrationSpec, Result
-from qcompiler.checkpoints.decompress import CompressedReader
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.demo import calibration_text, model_path
+from qcompiler.lowering.read import CompressedReader
 from qcompiler.pipeline.registry import packaged_pipelines
 from tests.compile.tiny import model_config, quantization, stored
 

@@ -27,7 +27,7 @@ ASYMMETRIC = preset("W4A16_ASYM")
 
 
 def emit(sites: list[Site], **options: Any) -> EmittedConfig:
-    return build_quantization_config(sites, compressed_tensors_version="0.20.0", **options)
+    return build_quantization_config(sites, **options)
 
 
 def all_but_head(scheme: Scheme) -> Any:

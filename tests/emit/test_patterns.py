@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from qcompiler.emit.compact import exact_expression
 from qcompiler.emit.matchers import assignment
-from qcompiler.emit.patterns import Pattern, TargetList
+from qcompiler.emit.patterns import TargetList
 from qcompiler.emit.sites import Site
 from qcompiler.errors import ConfigError
+from qcompiler.expressions import Pattern
 
 
 def test_the_first_target_wins_whatever_its_kind() -> None:

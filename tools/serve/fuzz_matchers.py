@@ -239,7 +239,7 @@ def preset_cases() -> Iterator[Case]:
     """The config that is emitted for each preset, as the library and vLLM parse it."""
     for name, scheme in PRESETS.items():
         sites = [Site(f"model.layers.0.mlp.{leaf}", 256, 256, scheme) for leaf in ("gate_proj", "up_proj", "down_proj")]
-        config = build_quantization_config(sites, kv_cache=KVCacheSpec(), compressed_tensors_version="0").config
+        config = build_quantization_config(sites, kv_cache=KVCacheSpec()).config
         meant = (scheme.weights.bits, scheme.weights.type, str(scheme.weights.strategy), str(scheme.format))
 
         def parsed(config: dict[str, Any] = config) -> object:
