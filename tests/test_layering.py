@@ -57,7 +57,7 @@ LAYERS = (
     {"errors", "report"},
     {"scheme", "expressions", "refuse", "requirements", "meta"},
     {"numerics"},
-    {"formats", "solvers"},
+    {"formats", "solvers", "transforms"},
     {"ir"},
     {"patterns", "select"},
     {"emit", "targets"},
