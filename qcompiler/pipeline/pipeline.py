@@ -13,13 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.pipeline.base import Pass
 from qcompiler.pipeline.options import options_at, options_of
-from qcompiler.pipeline.registry import NESTED, check_pass_class, packaged_pipelines, pass_class
+from qcompiler.pipeline.registry import NESTED, check_pass_class, packaged_pipelines, pass_class, pass_names
 from qcompiler.pipeline.safe_yaml import Place, dump_yaml, load_yaml
 
 _SUFFIXES = (".yaml", ".yml")
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 32  # pipelines within pipelines
 _MAX_READ = 100  # pipelines read for one: a file that names another ten times, and so on, would explode
+_FLATTEN = "write the passes of the inner pipelines out, in one list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +71,18 @@ class _Reading:
 
     def deeper(self, place: Place) -> _Reading:
         if self.depth == _MAX_DEPTH:
-            raise ConfigError(f"{place}: more than {_MAX_DEPTH} pipelines within one another")
+            raise ConfigError(f"{place}: more than {_MAX_DEPTH} pipelines within one another", hint=_FLATTEN)
         return dataclasses.replace(self, depth=self.depth + 1)
 
     def enter(self, identity: str, where: str) -> _Reading:
         if identity in self.within:
-            raise ConfigError(f"{where} contains itself: {' -> '.join((*self.within.values(), where))}")
+            raise ConfigError(
+                f"{where} contains itself: {' -> '.join((*self.within.values(), where))}",
+                hint="take out the `pipeline:` that leads back",
+            )
         self.read.append(where)
         if len(self.read) > _MAX_READ:
-            raise ConfigError(f"{self.read[0]}: more than {_MAX_READ} pipelines are read for it")
+            raise ConfigError(f"{self.read[0]}: more than {_MAX_READ} pipelines are read for it", hint=_FLATTEN)
         return dataclasses.replace(self, within={**self.within, identity: where})
 
 
@@ -96,7 +100,9 @@ def _load(name: str, reading: _Reading, place: Place | None = None) -> Pipeline:
                 hint=f"a YAML file, or one of: {', '.join(packaged)}",
             )
         if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{said}{path} is larger than {_MAX_BYTES} bytes: not a pipeline")
+            raise ConfigError(
+                f"{said}{path} is larger than {_MAX_BYTES} bytes: not a pipeline", hint="give a YAML file of passes"
+            )
         text = path.read_text(encoding="utf-8")
         identity = str(path.resolve())
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name that a file can have
@@ -122,9 +128,12 @@ def _pipeline(data: Any, place: Place, reading: _Reading) -> Pipeline:
                 hint="a pipeline has a `name`, a `description` and a list of `passes`",
             )
         if key != "passes" and not isinstance(value, str):
-            raise ConfigError(f"{place.at(key)}: expected text, not {value!r}")
+            raise ConfigError(f"{place.at(key)}: expected text, not {value!r}", hint="write words, or put it in quotes")
     if not isinstance(data, dict) or not isinstance(data.get("passes"), list):
-        raise ConfigError(f"{place}: a pipeline is a mapping with `name` and a list of `passes`")
+        raise ConfigError(
+            f"{place}: a pipeline is a mapping with `name` and a list of `passes`",
+            hint="write `passes:` and a line like `- legalize` for each; `qcompiler passes` lists them",
+        )
     items = tuple(_item(item, place.at("passes", index), reading) for index, item in enumerate(data["passes"]))
     return Pipeline(data.get("name", "pipeline"), items, data.get("description", ""))
 
@@ -133,7 +142,10 @@ def _item(data: Any, place: Place, reading: _Reading) -> Pass | Pipeline:
     if isinstance(data, str):
         data = {data: None}
     if not isinstance(data, dict) or len(data) != 1:
-        raise ConfigError(f"{place}: expected the name of a pass, or one name with its options, not {data!r}")
+        raise ConfigError(
+            f"{place}: expected the name of a pass, or one name with its options, not {data!r}",
+            hint="write `- legalize`, or `- legalize: {option: value}`; `qcompiler passes` lists them",
+        )
     ((name, options),) = data.items()
     inner = place.at(name)
     if name == NESTED:
@@ -144,7 +156,10 @@ def _item(data: Any, place: Place, reading: _Reading) -> Pass | Pipeline:
     except ConfigError as error:
         raise ConfigError(f"{place}: {error.message}", hint=error.hint) from None
     if options is not None and not isinstance(options, dict):
-        raise ConfigError(f"{inner}: options of a pass are a mapping, not {options!r}")
+        raise ConfigError(
+            f"{inner}: options of a pass are a mapping, not {options!r}",
+            hint=f"write `{name}: {{option: value}}`; {_takes(cls)}",
+        )
     return build_pass(cls, options or {}, place=inner)
 
 
@@ -154,7 +169,14 @@ def build_pass(cls: type[Pass], options: dict[str, Any], *, place: Place) -> Pas
     try:
         return adapter.validate_python(options)
     except ValidationError as error:
-        raise ConfigError(_say(error, cls, place)) from error
+        raise ConfigError(_say(error, cls, place), hint=_takes(cls)) from error
+
+
+def _takes(cls: type[Pass]) -> str:
+    """Where to read what a pass takes: one that is not installed is in no list."""
+    if cls.name in pass_names():
+        return f"`qcompiler passes` lists what {cls.name} takes"
+    return f"{cls.name} takes {', '.join(option.name for option in options_of(cls)) or 'no options'}"
 
 
 def _say(error: ValidationError, cls: type[Pass], place: Place) -> str:
@@ -187,11 +209,16 @@ def _checked(pipeline: Pipeline, depth: int = 0) -> Pipeline:
     """The pipeline with the options of every pass validated: a list where a tuple belongs becomes one."""
     here = Place(f"pipeline {pipeline.name}")
     if not isinstance(pipeline.name, str) or not isinstance(pipeline.description, str):
-        raise ConfigError(f"{here}: its name and its description are text")
+        raise ConfigError(
+            f"{here}: its name and its description are text", hint='write Pipeline("mine", passes, description="...")'
+        )
     if not isinstance(pipeline.passes, Sequence):
-        raise ConfigError(f"{here}: expected a sequence of passes and pipelines, not {pipeline.passes!r}")
+        raise ConfigError(
+            f"{here}: expected a sequence of passes and pipelines, not {pipeline.passes!r}",
+            hint="give a packaged pipeline's name, a YAML file, or a list of passes",
+        )
     if depth > _MAX_DEPTH:
-        raise ConfigError(f"{here}: more than {_MAX_DEPTH} pipelines within one another")
+        raise ConfigError(f"{here}: more than {_MAX_DEPTH} pipelines within one another", hint=_FLATTEN)
     items: list[Pass | Pipeline] = []
     for index, item in enumerate(pipeline.passes):
         if isinstance(item, Pipeline):
@@ -199,7 +226,7 @@ def _checked(pipeline: Pipeline, depth: int = 0) -> Pipeline:
             continue
         place = here.at("passes", index)
         if not isinstance(item, Pass):
-            hint = f"write {item.__name__}()" if isinstance(item, type) else None
+            hint = f"write {item.__name__}()" if isinstance(item, type) else "write objects, e.g. [Legalize(), Lower()]"
             raise ConfigError(f"{place}: expected a pass or a Pipeline, not {item!r}", hint=hint)
         check_pass_class(type(item), f"{place}: {type(item).__name__}")
         options = {option.name: getattr(item, option.name) for option in options_of(type(item))}

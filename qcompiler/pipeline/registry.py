@@ -62,7 +62,10 @@ def _load(point: EntryPoint) -> type[Pass]:
         ) from error
     found = check_pass_class(cls, who)
     if found.name != point.name:
-        raise ConfigError(f"{who}: its `name` is {found.name!r}, and must be the entry point's")
+        raise ConfigError(
+            f"{who}: its `name` is {found.name!r}, and must be the entry point's",
+            hint="name the class and its entry point alike",
+        )
     return found
 
 
@@ -72,20 +75,30 @@ def check_pass_class(cls: object, who: str) -> type[Pass]:
     from qcompiler.pipeline.base import GraphPass, StreamingPass
 
     if not (isinstance(cls, type) and issubclass(cls, (GraphPass, StreamingPass))):
-        raise ConfigError(f"{who} is not a subclass of GraphPass or StreamingPass")
+        raise ConfigError(
+            f"{who} is not a subclass of GraphPass or StreamingPass", hint="derive the class from one of the two"
+        )
     if inspect.isabstract(cls):
-        raise ConfigError(f"{who} does not implement {', '.join(sorted(cls.__abstractmethods__))}")
+        raise ConfigError(
+            f"{who} does not implement {', '.join(sorted(cls.__abstractmethods__))}", hint="define it in the class"
+        )
     params = vars(cls).get("__dataclass_params__")  # its own: fields of a subclass without the decorator are lost
     if not dataclasses.is_dataclass(cls) or params is None or not params.frozen:
         raise ConfigError(f"{who} is not a frozen dataclass", hint="decorate it: @dataclass(frozen=True, kw_only=True)")
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or name == NESTED:
-        raise ConfigError(f"{who}: its `name` is {name!r}: it must be a word, and not {NESTED!r}")
+        raise ConfigError(
+            f"{who}: its `name` is {name!r}: it must be a word, and not {NESTED!r}",
+            hint='name it in the class: name: ClassVar[str] = "my-pass"',
+        )
     requires, ensures = getattr(cls, "requires", None), cls.ensures
     if not isinstance(requires, frozenset) or not requires or not all(isinstance(stage, Stage) for stage in requires):
         raise ConfigError(f"{who} does not say which stages it `requires`", hint="e.g. frozenset({Stage.ANNOTATED})")
     if ensures is not None and not isinstance(ensures, Stage):
-        raise ConfigError(f"{who}: what it `ensures` is a Stage or None, not {ensures!r}")
+        raise ConfigError(
+            f"{who}: what it `ensures` is a Stage or None, not {ensures!r}",
+            hint="e.g. Stage.ANNOTATED, or leave it out",
+        )
     try:
         TypeAdapter(cls).rebuild(raise_errors=True)
     except (PydanticUserError, NameError) as error:
@@ -104,10 +117,15 @@ def packaged_pipelines() -> dict[str, str]:
         try:
             resources = [entry for entry in files(package).iterdir() if entry.name.endswith(".yaml")]
         except Exception as error:
-            raise ConfigError(f"the pipelines of package {package} cannot be read: {error}") from error
+            raise ConfigError(
+                f"the pipelines of package {package} cannot be read: {error}", hint="repair or uninstall that package"
+            ) from error
         for resource in resources:
             name = resource.name.removesuffix(".yaml")
             if name in found:
-                raise ConfigError(f"packages {found[name][0]} and {package} both provide a pipeline {name!r}")
+                raise ConfigError(
+                    f"packages {found[name][0]} and {package} both provide a pipeline {name!r}",
+                    hint="uninstall one of them",
+                )
             found[name] = (package, resource.read_text(encoding="utf-8"))
     return {name: found[name][1] for name in sorted(found)}

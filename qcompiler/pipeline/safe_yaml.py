@@ -15,6 +15,7 @@ from qcompiler.errors import ConfigError
 
 _MAX_CHARACTERS = 1 << 18
 _MAX_NODES = 50_000
+_PLAIN_YAML = "mend it there: a pipeline is mappings, lists, words and numbers"
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = frozenset(_TAG + kind for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))
 _FLOAT = re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$")
@@ -81,7 +82,9 @@ class Place:
 def load_yaml(text: str, *, where: str) -> tuple[Any, Place]:
     """Parse one YAML document; `Place` tells its lines. Raises `ConfigError` that names `where` and the line."""
     if len(text) > _MAX_CHARACTERS:
-        raise ConfigError(f"{where} is longer than {_MAX_CHARACTERS} characters: not a pipeline")
+        raise ConfigError(
+            f"{where} is longer than {_MAX_CHARACTERS} characters: not a pipeline", hint="give a YAML file of passes"
+        )
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -92,11 +95,11 @@ def load_yaml(text: str, *, where: str) -> tuple[Any, Place]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         words = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{where}{line}: not plain YAML: {words}") from error
+        raise ConfigError(f"{where}{line}: not plain YAML: {words}", hint=_PLAIN_YAML) from error
     except RecursionError:
-        raise ConfigError(f"{where} nests too deeply: not a pipeline") from None
+        raise ConfigError(f"{where} nests too deeply: not a pipeline", hint=_PLAIN_YAML) from None
     except (yaml.YAMLError, ValueError, KeyError) as error:  # the latter two: `!!int many`, `!!bool maybe`
-        raise ConfigError(f"{where}: not plain YAML: {error}") from error
+        raise ConfigError(f"{where}: not plain YAML: {error}", hint=_PLAIN_YAML) from error
 
 
 def dump_yaml(data: Any) -> str:
@@ -123,7 +126,10 @@ def _size(node: yaml.Node, sizes: dict[int, int], where: str) -> int:
     for child in children:
         total += _size(child, sizes, where)
         if total > _MAX_NODES:
-            raise ConfigError(f"{line}: more than {_MAX_NODES} values once aliases are written out: not a pipeline")
+            raise ConfigError(
+                f"{line}: more than {_MAX_NODES} values once aliases are written out: not a pipeline",
+                hint="write it without aliases (`*name`)",
+            )
     sizes[id(node)] = total
     return total
 
@@ -136,8 +142,9 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
             raise ConfigError(
                 f"{line}: a key is a word, not {key.value!r}"
                 if isinstance(key.value, str)
-                else f"{line}: a key is a word, not a {key.id}"
+                else f"{line}: a key is a word, not a {key.id}",
+                hint="put it in quotes, if it is meant as a name",
             )
         if key.value in seen:
-            raise ConfigError(f"{line}: key {key.value!r} is given twice")
+            raise ConfigError(f"{line}: key {key.value!r} is given twice", hint="keep one of the two")
         seen.add(key.value)

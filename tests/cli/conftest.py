@@ -69,6 +69,7 @@ def refuse(run: Run, results: Path) -> Refuse:
         assert sorted(results.rglob("*")) == before
         assert ran.err.startswith("Usage: " if usage else "error: ")
         assert sum(line.lower().startswith("error: ") for line in ran.err.splitlines()) == 1
+        assert usage or "\n  hint: " in ran.err
         assert [part for part in says if part not in ran.err] == [], ran.err
         return ran.err
 

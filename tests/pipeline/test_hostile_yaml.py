@@ -16,6 +16,7 @@ from qcompiler.pipeline.safe_yaml import load_yaml
 def refusal(text: str) -> str:
     with pytest.raises(ConfigError) as raised:
         parse_pipeline(text, where="my.yaml")
+    assert raised.value.hint
     return raised.value.message
 
 

@@ -13,6 +13,7 @@ from qcompiler.pipeline import load_pipeline, parse_pipeline
 def error(text: str) -> ConfigError:
     with pytest.raises(ConfigError) as raised:
         parse_pipeline(text, where="my.yaml")
+    assert raised.value.hint
     return raised.value
 
 

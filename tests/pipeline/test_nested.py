@@ -34,6 +34,7 @@ def names(pipeline: Pipeline) -> list[str]:
 def refusal(path: Path) -> ConfigError:
     with pytest.raises(ConfigError) as raised:
         load_pipeline(path)
+    assert raised.value.hint
     return raised.value
 
 

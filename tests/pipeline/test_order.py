@@ -14,6 +14,7 @@ from tests.pipeline.conftest import Install
 def refusal(*passes: str) -> ConfigError:
     with pytest.raises(ConfigError) as raised:
         check_order(parse_pipeline(f"name: p\npasses: [{', '.join(passes)}]"))
+    assert raised.value.hint
     return raised.value
 
 

@@ -22,6 +22,7 @@ from qcompiler.select import Select
 def refusal(source: Any) -> ConfigError:
     with pytest.raises(ConfigError) as raised:
         load_pipeline(source)
+    assert raised.value.hint
     return raised.value
 
 

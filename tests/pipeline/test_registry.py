@@ -35,6 +35,7 @@ class Twist(GraphPass):
 def refusal(name: str = "twist") -> ConfigError:
     with pytest.raises(ConfigError) as raised:
         pass_class(name)
+    assert raised.value.hint
     return raised.value
 
 
