@@ -64,11 +64,11 @@ class Assign(GraphPass):
     def run(self, graph: Graph, context: Context) -> None:
         leaves = [node for node, leaf in graph.leaves() if leaf.kind is not LeafKind.NORM]
         find = partial(select.find, layer_count=graph.layer_count)
-        ignored = self._ignore(leaves, find)
+        ignored = self._ignore(leaves, find, context.running or self.name)
         scope = _Scope([node for node in leaves if node not in ignored], ignored, find)
         asked: dict[Node, tuple[Rule, str]] = {}  # by whom; the last word counts
         for number, rule in enumerate(self.rules, 1):
-            who = f"{self.name}: rule {number}"
+            who = f"{context.running or self.name}: rule {number}"
             asked |= dict.fromkeys(self._apply(rule, who, scope, context), (rule, who))
         self._fit(asked, context)
         _check_fusion(graph)
@@ -84,25 +84,25 @@ class Assign(GraphPass):
                 )
             graph.kv_cache = self.kv_cache
 
-    def _ignore(self, leaves: list[Node], find: Find) -> dict[Node, str]:
+    def _ignore(self, leaves: list[Node], find: Find, who: str) -> dict[Node, str]:
         ignored: dict[Node, str] = {}
         for number, wanted in enumerate(self.ignore, 1):
             selection = find(wanted, leaves)
             if not selection.nodes:
                 raise RuleError(
-                    f"{self.name}: ignore {number} {wanted} matches nothing; {selection.explain(wanted, leaves)}",
+                    f"{who}: ignore {number} {wanted} matches nothing; {selection.explain(wanted, leaves)}",
                     hint="remove it, or mend its keys: `qcompiler plan` lists what the model has",
                 )
-            _check_idle(wanted, f"{self.name}: ignore {number}", leaves, find.keywords["layer_count"])
+            _check_idle(wanted, f"{who}: ignore {number}", leaves, find.keywords["layer_count"])
             for node in selection.nodes:
                 present = get_quant(node)
                 if present is not None and present.scheme is not None:
                     raise RuleError(
-                        f"{self.name}: ignore {number} {wanted} would leave {need(node, Leaf).path} dense, and "
+                        f"{who}: ignore {number} {wanted} would leave {need(node, Leaf).path} dense, and "
                         f"{', '.join(present.because)} gave it a scheme before",
                         hint="ignore it in that pass, or override it here with a rule whose scheme is null",
                     )
-                ignored.setdefault(node, f"{self.name}: ignore {number}")
+                ignored.setdefault(node, f"{who}: ignore {number}")
         for node, because in ignored.items():
             if need(node, Leaf).is_linear and get_quant(node) is None:
                 set_quant(node, Quant(None, "none", (because,)))
@@ -114,7 +114,8 @@ class Assign(GraphPass):
         selection = scope.find(rule.select, linears)
         if not selection.nodes:
             if rule.optional:
-                context.report.info(f"{who} {rule.select} matches nothing, which its `optional` allows")
+                why = scope.instead(rule.select)
+                context.report.info(f"{who} {rule.select} matches no linear{why}, which its `optional` allows")
                 return ()
             raise RuleError(
                 f"{who} {rule.select} matches no linear{scope.instead(rule.select)}; "

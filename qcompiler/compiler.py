@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 
+from qcompiler.arguments import check_callable, check_rows, check_type
 from qcompiler.capture import capture_and_prove
 from qcompiler.checkpoints.output import check_apart, check_output
 from qcompiler.data import CalibrationSpec, TokenData, load_calibration
@@ -64,11 +66,18 @@ class _Request:
     pipeline: Pipeline
     tokenizer: TokenizerLike | None
     target: str | None
-    dtype: str
+    dtype: str | torch.dtype
     revision: str | None
     trust_remote_code: bool
     show: Printer | None
     progress: Progress
+
+    def __post_init__(self) -> None:
+        for name in ("target", "revision"):
+            check_type(name, getattr(self, name), (str, NoneType), "text, or None")
+        check_type("trust_remote_code", self.trust_remote_code, bool, "True or False")
+        check_callable("show", self.show)
+        check_callable("progress", self.progress)
 
 
 def plan(
@@ -76,7 +85,7 @@ def plan(
     pipeline: PipelineLike,
     *,
     target: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     show: Printer | None = None,
@@ -105,8 +114,8 @@ def compile(
     sampling: CalibrationSpec | None = None,
     tokenizer: TokenizerLike | None = None,
     target: str | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -122,6 +131,8 @@ def compile(
     how far, of how much.
     Raises a `QCompilerError`, after which `output` is what it was before.
     """
+    check_type("output", output, (str, Path), "a path")
+    check_type("overwrite", overwrite, bool, "True or False")
     destination = Destination(Path(output), overwrite)
     if isinstance(model, (str, Path)) and (given := Path(model).expanduser()).is_dir():
         check_apart(destination.folder, given)  # before anything that would advise to delete the output
@@ -217,6 +228,7 @@ def _load_data(sampled: _Sampled | None, graph: Graph, context: Context) -> None
 
 def _sampled(calibration: CalibrationLike | None, sampling: CalibrationSpec | None) -> _Sampled | None:
     """What to calibrate with, and the rows to take it from where they were handed over; None where nothing is given."""
+    check_type("sampling", sampling, (CalibrationSpec, NoneType), "a CalibrationSpec: CalibrationSpec(samples=128)")
     if isinstance(calibration, CalibrationSpec):
         if sampling is not None:
             raise ConfigError(
@@ -234,6 +246,7 @@ def _sampled(calibration: CalibrationLike | None, sampling: CalibrationSpec | No
     spec = sampling or CalibrationSpec()
     if isinstance(calibration, (str, Path)):
         return spec.model_copy(update={"dataset": calibration}), None
+    check_rows("calibration", calibration, "a path, a hub id, a CalibrationSpec, or rows")
     return spec, calibration
 
 
@@ -247,22 +260,23 @@ def _tokens(spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, sou
         trust_remote_code=source.trust_remote_code,
     )
     window = graph.max_sequence_length
-    if window is not None and data.sequence_length > window:
+    if window is not None and data.longest > window:
         raise DataError(
-            f"calibration sequences of {data.sequence_length} tokens: beyond {window} the captured graph is not the "
+            f"a calibration sequence of {data.longest} tokens: beyond {window} the captured graph is not the "
             "model, whose rotary embedding or attention depends on the length",
             hint=f"use --sequence-length {window} or less",
         )
     return data
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str | torch.device) -> torch.device:
+    check_type("device", name, (str, torch.device), "cpu, cuda, cuda:1, or a torch.device")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with what it can dispatch to
-        raise ConfigError(f"device {name!r} cannot be used: {reason}", hint="cpu, cuda, cuda:1") from error
+        raise ConfigError(f"device {str(name)!r} cannot be used: {reason}", hint="cpu, cuda, cuda:1") from error
     if device.type == "meta":
         raise ConfigError("device 'meta' computes nothing", hint="cpu, cuda, cuda:1")
     return device

@@ -17,12 +17,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qcompiler.arguments import check_type
 from qcompiler.checkpoints.companions import copy_companions
 from qcompiler.checkpoints.finite import FiniteTensor, check_finite, place
 from qcompiler.checkpoints.hub import resolve_model
 from qcompiler.checkpoints.memory import LoadedTensors
 from qcompiler.checkpoints.names import NameMap
-from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint
+from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint, holds_weights
 from qcompiler.checkpoints.writer import DiskTensor
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
 from qcompiler.meta import build_on_meta
@@ -82,7 +83,7 @@ class ModelSource:
     @property
     def has_weights(self) -> bool:
         """Whether there is any weight: a plan needs none."""
-        return self.loaded is not None or _weight_files(self.folder)
+        return self.loaded is not None or holds_weights(self.folder)
 
     def check_weights(self) -> None:
         """Read the headers of the weight files, and find every parameter in them: quick, where capture is not.
@@ -156,7 +157,7 @@ def open_model(
     tokenizer: TokenizerLike | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> ModelSource:
     """Find a model (local folder, hub id, or loaded) and build it on the meta device. No weight is read.
 
@@ -164,8 +165,7 @@ def open_model(
     neither run nor changed. Raises `CaptureError` for what is no causal language model of the installed Transformers,
     `ConfigError` for a wrong dtype or tokenizer, `CheckpointError` for a folder that is none.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}", hint=f"auto, {', '.join(DTYPES)}")
+    dtype = _dtype_name(dtype)
     if not isinstance(model, (str, Path)):
         return _open_loaded(model, tokenizer, dtype)
     if tokenizer is not None:
@@ -222,6 +222,7 @@ def _stage_tokenizer(tokenizer: TokenizerLike | None, folder: Path) -> None:
             )
         copy_companions(Path(tokenizer), folder, without=("generation_config.json",))
     elif tokenizer is not None:
+        check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "a folder, or what AutoTokenizer loads")
         tokenizer.save_pretrained(folder)
 
 
@@ -267,6 +268,15 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def _dtype_name(dtype: object) -> str:
+    """`auto` or a name of `DTYPES`. Raises `ConfigError` for what is neither, nor such a `torch.dtype`."""
+    name = _short(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if isinstance(name, str) and (name == "auto" or name in DTYPES):
+        return name
+    near = did_you_mean(name, DTYPES) if isinstance(name, str) else ""
+    raise ConfigError(f"unknown dtype {name!r}{near}", hint=f"auto, {', '.join(DTYPES)}, or the torch.dtype")
+
+
 def _dtype(name: str, config: Any, folder: Path) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
@@ -275,14 +285,10 @@ def _dtype(name: str, config: Any, folder: Path) -> torch.dtype:
         declared = DTYPES.get(declared)
     if isinstance(declared, torch.dtype):
         return declared
-    if not _weight_files(folder):
+    if not holds_weights(folder):
         return torch.float32
     with CheckpointReader.open(folder) as reader:
         return next((meta.dtype for meta in reader.tensors.values() if meta.dtype.is_floating_point), torch.float32)
-
-
-def _weight_files(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin*"))
 
 
 def _short(dtype: torch.dtype) -> str:

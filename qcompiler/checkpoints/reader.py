@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _MAX_INDEX = 100_000_000  # bytes; the index of a 700B mixture of experts takes 9 MB
 _CHUNK = 16 << 20  # bytes in flight while copying
 _SAMPLE = 1 << 10  # bytes of each tensor that its fingerprint sees
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLED = re.compile(r"(pytorch_model|model|consolidated)\b.*\.(bin|pt|pth|ckpt)(\.index\.json)?")
+"""Weights as they are pickled: `pytorch_model-00001-of-00002.bin`. Not `training_args.bin`, not `optimizer.pt`."""
 
 
 class TensorSource(Protocol):
@@ -248,12 +250,17 @@ def _open_shard(file: Path, files: dict[Path, int]) -> dict[str, TensorMeta]:
     return read_header(files[file], file)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, in files that are read or in pickles that are not."""
+    return any(path.match("*.safetensors*") or _PICKLED.fullmatch(path.name) for path in folder.glob("*"))
+
+
 def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     stray = [name for name in names if name.endswith(".safetensors")]
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if _PICKLED.fullmatch(name)]
     wanted = f"{folder}: there is neither {SINGLE_FILE} nor {INDEX_FILE}"
-    if "adapter_model.safetensors" in stray:
+    if {"adapter_model.safetensors", "adapter_model.bin"} & set(names):
         return CheckpointError(f"{wanted}: this is an adapter", hint="merge the adapter into its base model first")
     if stray:
         hint = "download the index too, or rename a single file"

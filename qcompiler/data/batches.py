@@ -36,6 +36,11 @@ class TokenData:
     notes: tuple[str, ...]
     fingerprint: str
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: `sequence_length` or fewer."""
+        return max(batch.input_ids.shape[1] for batch in self.batches)
+
 
 def build(
     sequences: Sequence[Sequence[int]], *, batch_tokens: int, sequence_length: int, notes: Sequence[str]

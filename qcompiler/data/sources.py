@@ -58,6 +58,8 @@ def open_source(
             "no data" if rows is None else "both a dataset and rows", hint="give a dataset, or rows, not both"
         )
     name = "rows" if dataset is None else str(dataset)
+    if not name.strip():  # as a path it would mean this folder
+        raise DataError("the name of the dataset is empty", hint="give a file, a folder, or a hub id")
     path = Path(name).expanduser()
     if config_name is not None and (rows is not None or path.exists()):
         raise DataError(
@@ -116,12 +118,15 @@ def _permutation(count: int, rng: Random) -> Iterator[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars from `datasets` inside; outside, as they were."""
+    """No progress bars and no log lines from `datasets` inside: what it logs it raises too. Outside, as they were."""
     shown = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 

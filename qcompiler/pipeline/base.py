@@ -125,7 +125,8 @@ class Context:
     """What passes may use besides the graph.
 
     `source` is the model with its (lazily read) weights, `data` gives the calibration batches when a sweep needs them,
-    `output` is where the checkpoint goes (None while planning).
+    `output` is where the checkpoint goes (None while planning), `running` what the graph pass that runs is called: its
+    name, numbered where the pipeline has several of that name.
     """
 
     source: ModelSource
@@ -136,3 +137,4 @@ class Context:
     output: Destination | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     provenance: dict[str, object] = field(default_factory=dict)
+    running: str = ""

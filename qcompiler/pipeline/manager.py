@@ -49,10 +49,22 @@ def _ensures(name: str) -> Stage | None:
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
     """Run the passes up to the first that needs weights. This is all that a plan does."""
     verify(graph, after="capture")
-    for item in _planned(pipeline):
-        start = perf_counter()
-        item.run(graph, context)
-        _done(item, graph, context, perf_counter() - start, show)
+    for who, item in zip(_told_apart(pipeline), _planned(pipeline), strict=False):
+        _run(item, who, graph, context, show)
+
+
+def _run(item: GraphPass, who: str, graph: Graph, context: Context, show: Printer | None) -> None:
+    context.running = who
+    start = perf_counter()
+    item.run(graph, context)
+    _done(item, graph, context, perf_counter() - start, show)
+
+
+def _told_apart(pipeline: Pipeline) -> Iterator[str]:
+    """What each pass is called: its name, numbered (`assign 2`) where there are several of that name."""
+    names = [item.name for item in pipeline.flat()]
+    for index, name in enumerate(names):
+        yield f"{name} {names[: index + 1].count(name)}" if names.count(name) > 1 else name
 
 
 def _planned(pipeline: Pipeline) -> Iterator[GraphPass]:
@@ -68,17 +80,16 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
 
     What they made is published when the last pass has finished; whatever fails before, nothing is.
     """
-    items = list(pipeline.flat())
-    first = next((i for i, item in enumerate(items) if isinstance(item, StreamingPass)), len(items))
+    items = list(zip(_told_apart(pipeline), pipeline.flat(), strict=True))
+    first = next((i for i, (_, item) in enumerate(items) if isinstance(item, StreamingPass)), len(items))
     begun: list[PartitionStep] = []
     try:
         for stretch in _stretches(items[first:]):
-            if isinstance(stretch, GraphPass):
-                start = perf_counter()
-                stretch.run(graph, context)
-                _done(stretch, graph, context, perf_counter() - start, show)
-            else:
+            if isinstance(stretch, list):
                 _sweep(stretch, begun, graph, context, show)
+            else:
+                who, item = stretch
+                _run(item, who, graph, context, show)
         for step in begun:
             step.publish()
     except BaseException:
@@ -103,9 +114,9 @@ def _sweep(
     context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts.items()]
 
 
-def _stretches(items: Sequence[Pass]) -> Iterator[GraphPass | list[StreamingPass]]:
+def _stretches(items: Sequence[tuple[str, Pass]]) -> Iterator[tuple[str, GraphPass] | list[StreamingPass]]:
     streaming: list[StreamingPass] = []
-    for item in items:
+    for who, item in items:
         if isinstance(item, StreamingPass):
             streaming.append(item)
             continue
@@ -113,7 +124,7 @@ def _stretches(items: Sequence[Pass]) -> Iterator[GraphPass | list[StreamingPass
             yield streaming
             streaming = []
         assert isinstance(item, GraphPass)
-        yield item
+        yield who, item
     if streaming:
         yield streaming
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from qcompiler.checkpoints.header import DTYPES
 from qcompiler.checkpoints.hub import resolve_model
-from qcompiler.checkpoints.reader import CheckpointReader
+from qcompiler.checkpoints.reader import CheckpointReader, holds_weights
 from qcompiler.errors import CheckpointError
 
 SHARDS = {
@@ -93,7 +93,7 @@ def test_memory_does_not_grow_with_the_number_of_tensors_read(tmp_path: Path) ->
     code = """
 import sys
 from pathlib import Path
-from qcompiler.checkpoints.reader import CheckpointReader
+from qcompiler.checkpoints.reader import CheckpointReader, holds_weights
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10
 with CheckpointReader.open(Path(sys.argv[1])) as reader:
@@ -245,6 +245,8 @@ def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
         (["consolidated.00.pth", "config.json"], "only the pickle consolidated.00.pth"),
         (["model-00001-of-00002.safetensors"], "download the index"),
         (["adapter_model.safetensors"], "merge the adapter"),
+        (["adapter_model.bin"], "merge the adapter"),
+        (["training_args.bin", "optimizer.pt", "rng_state.pth"], "model.safetensors.index.json\n  hint: give a model"),
     ],
 )
 def test_a_folder_without_weights_says_what_to_do(files: list[str], match: str, tmp_path: Path) -> None:
@@ -253,6 +255,26 @@ def test_a_folder_without_weights_says_what_to_do(files: list[str], match: str, 
     refused(tmp_path, "there is neither model.safetensors nor")
     with pytest.raises(CheckpointError, match=match):
         CheckpointReader.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [
+        ("model-00001-of-00002.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("pytorch_model.bin", True),
+        ("pytorch_model-00002-of-00002.bin", True),
+        ("pytorch_model.bin.index.json", True),
+        ("consolidated.00.pth", True),
+        ("training_args.bin", False),
+        ("optimizer.bin", False),
+        ("scheduler.pt", False),
+        ("config.json", False),
+    ],
+)
+def test_only_what_holds_weights_counts_as_weights(name: str, holds: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert holds_weights(tmp_path) is holds
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

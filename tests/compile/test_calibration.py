@@ -164,3 +164,15 @@ def test_data_that_cannot_be_used_is_refused_before_anything_is_written(
     with pytest.raises(kind, match=expected):
         compiled(source, tmp_path / "output", **data)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_sequence_counts_where_a_rope_is_frozen_at_a_length(tmp_path: Path) -> None:
+    """Not how long sequences might have been."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    source = save_tiny(tmp_path / "source", "llama", layers=1, rope_parameters=rope, max_position_embeddings=256)
+    compiled(source, tmp_path / "output", calibration=token_rows(length=64), sampling=CalibrationSpec())
+    with pytest.raises(DataError, match="a calibration sequence of 65 tokens: beyond 64") as raised:
+        compiled(source, tmp_path / "other", calibration=token_rows(length=65), sampling=CalibrationSpec())
+    assert "--sequence-length 64" in str(raised.value.hint)
+    assert not (tmp_path / "other").exists()

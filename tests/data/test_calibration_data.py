@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -469,3 +470,26 @@ def test_loading_leaves_no_files_threads_or_changed_settings(
     assert threading.active_count() == threads
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_breaks_off_is_refused_and_nothing_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`datasets` logs an error, and raises it: who calls is to be told once."""
+    file = write(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    file.write_text(file.read_text()[:-9])
+    logger, verbosity = logging.getLogger("datasets"), datasets.logging.get_verbosity()
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(DataError, match=r"rows.jsonl cannot be read"):
+            load(spec(file))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert datasets.logging.get_verbosity() == verbosity
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_does_not_mean_this_folder(name: str) -> None:
+    with pytest.raises(DataError, match="the name of the dataset is empty"):
+        load(spec(name))

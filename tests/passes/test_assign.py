@@ -108,8 +108,15 @@ def test_a_rule_shows_the_select_as_it_was_written() -> None:
 
 def test_an_optional_rule_that_matches_nothing_is_reported() -> None:
     done = run("llama", assign(rule("W8A8", structure="router", optional=True), rule("W8A8", layers=0)))
-    assert done.notes == [("info", "assign: rule 1 {structure: router} matches nothing, which its `optional` allows")]
+    assert done.notes == [("info", "assign: rule 1 {structure: router} matches no linear, which its `optional` allows")]
     assert because(done.graph, f"{FIRST}.mlp.up_proj") == ("assign: rule 2",)
+
+
+def test_an_optional_rule_whose_layers_are_ignored_is_reported_as_that() -> None:
+    rules = (rule("W8A8", structure="lm-head", optional=True), rule("W8A8", layers=0))
+    done = run("llama", assign(*rules, ignore=[{"structure": "lm-head"}]))
+    ((_, note),) = done.notes
+    assert "matches no linear (lm_head is hidden by assign: ignore 1), which its `optional` allows" in note
 
 
 @pytest.mark.parametrize(
@@ -180,6 +187,19 @@ def test_the_later_rule_may_override_and_remembers_whom() -> None:
     assert chosen(graph) == {f"{FIRST}.self_attn.o_proj": "dense", f"{LAST}.self_attn.o_proj": preset("W8A8").short}
     assert because(graph, f"{FIRST}.self_attn.o_proj") == ("assign: rule 1",)
     assert because(graph, f"{LAST}.self_attn.o_proj") == ("assign: rule 2", "over assign: rule 1")
+
+
+def test_several_assigns_are_told_apart_by_number() -> None:
+    graph = run(
+        "llama",
+        assign(rule("W8A8", structure="mlp-output"), ignore=[{"structure": "lm-head"}]),
+        assign(rule("FP8", structure="mlp-output", layers=0, override=True)),
+    ).graph
+    assert because(graph, f"{FIRST}.mlp.down_proj") == ("assign 2: rule 1", "over assign 1: rule 1")
+    assert because(graph, f"{LAST}.mlp.down_proj") == ("assign 1: rule 1",)
+    assert because(graph, "lm_head") == ("assign 1: ignore 1",)
+    again = assign(rule("W8A8", structure="mlp-output"))
+    assert "and assign 1: rule 1 both decide" in refusal("llama", again, again).message
 
 
 def test_a_rule_may_make_what_another_quantizes_dense() -> None:
@@ -284,7 +304,9 @@ def test_an_element_of_a_list_that_matches_nothing_is_an_error(keys: dict[str, o
 
 def test_an_ignore_cannot_take_back_what_an_earlier_pass_assigned() -> None:
     error = refusal("llama", assign(rule("W8A8", name="*_proj")), assign(ignore=[{"structure": "mlp-output"}]))
-    assert "would leave model.layers.0.mlp.down_proj dense, and assign: rule 1 gave it a scheme before" in error.message
+    assert (
+        "would leave model.layers.0.mlp.down_proj dense, and assign 1: rule 1 gave it a scheme before" in error.message
+    )
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "MXFP8A16"])
