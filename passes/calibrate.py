@@ -144,9 +144,6 @@ class _Solve(PartitionStep):
         scale, zero = statistic.qparams(self._context.source.dtype)
         return Solved(rounded, input_scale=scale, input_zero_point=zero)
 
-    def finish(self) -> None:
-        return None
-
 
 def _global_scales(todo: list[tuple[Node, Quant]], weights: Mapping[str, Tensor]) -> dict[Node, Tensor]:
     """NVFP4's global scale of each linear, one for all members of a fusion group: runtimes do not rescale."""

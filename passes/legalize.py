@@ -12,9 +12,9 @@ from pydantic import AfterValidator
 from qcompiler.emit.config import LOADERS, EmittedConfig, build_quantization_config
 from qcompiler.emit.sites import Site
 from qcompiler.errors import ConfigError, LegalityError, VerificationError
-from qcompiler.ir.annotations import LeafKind, Quant, get_quant, set_quant
+from qcompiler.ir.annotations import LeafKind, Quant, get_quant, scheme_of, set_quant
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.lowering.sites import disk_sites, scheme_of, sites
+from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.targets import Target, check, load_target

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qcompiler.data import TokenBatch, load_evaluation
 from qcompiler.errors import CheckpointError, DataError, VerificationError
 from qcompiler.fidelity import Fidelity, measure, run_model
-from qcompiler.runtime.lowered import logits, open_lowered
+from qcompiler.lowering.evaluate import logits, open_lowered
 from qcompiler.scheme import Scheme
 from qcompiler.source import ModelSource, open_model
 

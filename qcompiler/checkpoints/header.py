@@ -7,9 +7,8 @@ spaces to a multiple of 8, then the tensors' bytes without gaps.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from qcompiler.errors import CheckpointError
+from qcompiler.tensors import Spec, tensor_bytes
 
 # In the library's order of rank: a file holds its tensors from the last dtype to the first, then by name.
 DTYPES: dict[str, torch.dtype] = {
@@ -43,9 +43,6 @@ DTYPES: dict[str, torch.dtype] = {
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
-"""Dtype and shape of a tensor."""
-
 _MAX_HEADER = 100_000_000  # the library's own limit, in bytes
 _MAX_DIMS = 64  # torch's own limit: keeps the product of a hostile shape small
 _MAX_DIM = 2**63
@@ -64,11 +61,6 @@ class TensorMeta:
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
-
-
-def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Bytes that such a tensor takes on disk, headers left out."""
-    return dtype.itemsize * math.prod(shape)
 
 
 def write_order(tensors: Mapping[str, Spec]) -> list[str]:

@@ -19,10 +19,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, PrefixChange, SplitModulelist, build_glob_alternation
 
 from qcompiler.checkpoints.conversions import Conversion, reading, writing
-from qcompiler.checkpoints.header import Spec, TensorMeta
+from qcompiler.checkpoints.header import TensorMeta
 from qcompiler.checkpoints.reader import RawTensor, TensorSource
 from qcompiler.checkpoints.ties import absent_by_design, resolve_ties, tie_classes
 from qcompiler.errors import CheckpointError, did_you_mean
+from qcompiler.tensors import Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from qcompiler.checkpoints.companions import copy_companions
-from qcompiler.checkpoints.header import Spec, encode_header, tensor_bytes, write_order
+from qcompiler.checkpoints.header import encode_header, write_order
 from qcompiler.checkpoints.output import (
     PartialFolder,
     disk_full,
@@ -22,6 +22,7 @@ from qcompiler.checkpoints.output import (
 )
 from qcompiler.checkpoints.reader import INDEX_FILE, SINGLE_FILE, RawTensor
 from qcompiler.errors import CheckpointError
+from qcompiler.tensors import Spec, tensor_bytes
 
 DiskTensor = torch.Tensor | RawTensor
 

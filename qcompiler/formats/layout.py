@@ -13,55 +13,41 @@ The formats are compressed-tensors', as its compressors write and vLLM's schemes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
-
 import torch
 
 from qcompiler.errors import LegalityError
 from qcompiler.formats.bits import packed_words
 from qcompiler.numerics.tensor import scale_shape
 from qcompiler.scheme import Format, QuantSpec, Scheme, Strategy
+from qcompiler.tensors import Spec
 
 
-@dataclass(frozen=True, slots=True)
-class TensorMeta:
-    """A tensor on disk without its values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-def layout(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, TensorMeta]:
+def layout(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, Spec]:
     """Every tensor written for a weight [O, I] of a model in `dtype`, by its name under the module.
 
     Raises `LegalityError` if the group size does not divide `in_features`.
     """
     spec, shape = scheme.weights, (out_features, in_features)
     scales = scale_shape(spec, *shape)
-    tensors: dict[str, TensorMeta] = {}
+    tensors: dict[str, Spec] = {}
     match scheme.format:
         case Format.PACK_QUANTIZED:
             words = packed_words(in_features, spec.bits)
-            tensors["weight_packed"] = TensorMeta(torch.int32, (out_features, words))
-            tensors["weight_shape"] = TensorMeta(torch.int64, (2,))
+            tensors["weight_packed"] = (torch.int32, (out_features, words))
+            tensors["weight_shape"] = (torch.int64, (2,))
         case Format.NVFP4 | Format.MXFP4:
-            tensors["weight_packed"] = TensorMeta(torch.uint8, (out_features, in_features // 2))
+            tensors["weight_packed"] = (torch.uint8, (out_features, in_features // 2))
         case Format.INT_QUANTIZED:
-            tensors["weight"] = TensorMeta(torch.int8, shape)
+            tensors["weight"] = (torch.int8, shape)
         case _:
-            tensors["weight"] = TensorMeta(torch.float8_e4m3fn, shape)
-    tensors["weight_scale"] = TensorMeta(_scale_dtype(spec, dtype), scales)
+            tensors["weight"] = (torch.float8_e4m3fn, shape)
+    tensors["weight_scale"] = (_scale_dtype(spec, dtype), scales)
     if spec.is_nvfp4:
-        tensors["weight_global_scale"] = TensorMeta(torch.float32, (1,))
+        tensors["weight_global_scale"] = (torch.float32, (1,))
     if packs_zero_point(scheme):
-        tensors["weight_zero_point"] = TensorMeta(torch.int32, (packed_words(out_features, spec.bits), scales[1]))
+        tensors["weight_zero_point"] = (torch.int32, (packed_words(out_features, spec.bits), scales[1]))
     elif not spec.symmetric:
-        tensors["weight_zero_point"] = TensorMeta(torch.int8, scales)
+        tensors["weight_zero_point"] = (torch.int8, scales)
     return tensors | _input_layout(scheme.input_activations, dtype)
 
 
@@ -83,7 +69,7 @@ def _scale_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if spec.is_nvfp4 else dtype
 
 
-def _input_layout(spec: QuantSpec | None, dtype: torch.dtype) -> dict[str, TensorMeta]:
+def _input_layout(spec: QuantSpec | None, dtype: torch.dtype) -> dict[str, Spec]:
     """Calibrated numbers of the activations; dynamic ones have none, but for NVFP4's global scale."""
     if spec is None or spec.dynamic is True:
         return {}
@@ -92,8 +78,8 @@ def _input_layout(spec: QuantSpec | None, dtype: torch.dtype) -> dict[str, Tenso
             raise LegalityError(
                 "NVFP4 activations with static group scales cannot be stored", hint='set dynamic: "local"'
             )
-        return {"input_global_scale": TensorMeta(torch.float32, (1,))}
-    tensors = {"input_scale": TensorMeta(dtype, (1,))}
+        return {"input_global_scale": (torch.float32, (1,))}
+    tensors: dict[str, Spec] = {"input_scale": (dtype, (1,))}
     if not spec.symmetric:
-        tensors["input_zero_point"] = TensorMeta(torch.int8, (1,))
+        tensors["input_zero_point"] = (torch.int8, (1,))
     return tensors

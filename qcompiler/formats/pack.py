@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qcompiler.errors import CheckpointError, ConfigError
 from qcompiler.formats.bits import pack_nibbles, pack_words, unpack_nibbles, unpack_words
-from qcompiler.formats.layout import TensorMeta, layout, packs_zero_point
+from qcompiler.formats.layout import layout, packs_zero_point
 from qcompiler.numerics.tensor import QuantizedTensor, scale_shape
 from qcompiler.scheme import Format, Scheme
+from qcompiler.tensors import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +110,9 @@ def _weight_shape(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, i
     return rows, columns * 2 if key == "weight_packed" else columns
 
 
-def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, TensorMeta]) -> str:
+def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Spec]) -> str:
     """What is missing, too much or of a wrong dtype or shape; empty if nothing is."""
-    found = {name: TensorMeta(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    found: dict[str, Spec] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return "; ".join(
         f"{name} is {_describe(found.get(name))}, expected {_describe(expected.get(name))}"
         for name in sorted(found.keys() | expected.keys())
@@ -119,5 +120,5 @@ def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, TensorMet
     )
 
 
-def _describe(meta: TensorMeta | None) -> str:
-    return "absent" if meta is None else f"{str(meta.dtype).removeprefix('torch.')} {list(meta.shape)}"
+def _describe(spec: Spec | None) -> str:
+    return "absent" if spec is None else f"{str(spec[0]).removeprefix('torch.')} {list(spec[1])}"

@@ -172,6 +172,12 @@ def get_quant(node: Node) -> Quant | None:
     return get(node, Quant)
 
 
+def scheme_of(node: Node) -> Scheme | None:
+    """What a leaf's weight becomes; None where it stays dense."""
+    quant = get_quant(node)
+    return quant.scheme if quant else None
+
+
 def set_quant(node: Node, quant: Quant, *, replacing: Quant | None = None) -> None:
     """Decide what becomes of a linear; see `annotate`."""
     annotate(node, quant, replacing=replacing)

@@ -2,7 +2,7 @@
 
 They are plain functions: a `call_function` node whose target is one of them. `observe` computes as it stands; the
 quantized operations read their numbers (codes, scales) from the layer that the node names, so a graph is evaluated by
-`qcompiler.runtime.lowered`, which looks them up. `OPS` is the whole vocabulary; the verifier refuses anything else.
+`qcompiler.lowering.evaluate`, which looks them up. `OPS` is the whole vocabulary; the verifier refuses anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompiler.errors import VerificationError
 
-_EVALUATE = "evaluate the graph with qcompiler.runtime.lowered"
+_EVALUATE = "evaluate the graph with qcompiler.lowering.evaluate"
 
 
 def observe(x: Tensor) -> Tensor:
@@ -35,9 +35,7 @@ def quantized_linear(x: Tensor, layer: str) -> Tensor:
 
 def fake_quantize_cache(x: Tensor, attention: str, part: str) -> Tensor:
     """Round keys or values (`part`) [B, H, S, D] to the grid of `attention`'s cache and back: same shape and dtype."""
-    raise VerificationError(
-        f"fake_quantize_cache of {attention} needs its scales: evaluate the graph with runtime.lowered"
-    )
+    raise VerificationError(f"fake_quantize_cache of {attention} needs its scales: {_EVALUATE}")
 
 
 OPS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(

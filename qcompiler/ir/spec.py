@@ -22,6 +22,7 @@ from qcompiler.ir.annotations import (
     get,
     get_quant,
     observed,
+    scheme_of,
 )
 from qcompiler.ir.fx import Node, is_operator, is_tensor, op_name, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
@@ -53,11 +54,6 @@ def _each(name: str, wrong: Callable[[Node], str | None]) -> Rule:
 def needs_statistics(scheme: Scheme | None) -> bool:
     """Whether a scheme's input activations carry a number that must be measured on data."""
     return scheme is not None and scheme.input_activations is not None and scheme.input_activations.dynamic is not True
-
-
-def _quantized(node: Node) -> Scheme | None:
-    quant = get_quant(node)
-    return quant.scheme if quant else None
 
 
 # --- any stage ------------------------------------------------------------------------------------------------------
@@ -154,7 +150,7 @@ def _alike(key: Callable[[Node, Leaf], Hashable], what: str) -> Callable[[Graph]
             if group is None:
                 continue
             other = first.setdefault(group, node)
-            if _quantized(other) != _quantized(node):
+            if scheme_of(other) != scheme_of(node):
                 at = Printer(graph).name(other)
                 yield node, f"{what} {group}: {_said(node)} here, but {_said(other)} at {at}"
 
@@ -162,7 +158,7 @@ def _alike(key: Callable[[Node, Leaf], Hashable], what: str) -> Callable[[Graph]
 
 
 def _said(node: Node) -> str:
-    scheme = _quantized(node)
+    scheme = scheme_of(node)
     return scheme.short if scheme else "dense"
 
 
@@ -176,7 +172,7 @@ def _fusion_group(node: Node, leaf: Leaf) -> str | None:
 
 def _has_disk_form(node: Node) -> str | None:
     leaf = get(node, Leaf)
-    if leaf is not None and leaf.kind is LeafKind.CONV1D and _quantized(node):
+    if leaf is not None and leaf.kind is LeafKind.CONV1D and scheme_of(node):
         return "a Conv1D has no form in a checkpoint: run legalize before this pass"
     return None
 
@@ -199,7 +195,7 @@ def _observe_reads_tensor(node: Node) -> str | None:
 
 
 def _statistics_observed(node: Node) -> str | None:
-    leaf, scheme = get(node, Leaf), _quantized(node)
+    leaf, scheme = get(node, Leaf), scheme_of(node)
     if leaf is None or scheme is None or not needs_statistics(scheme):
         return None
     source = tensor_arg(node, 0)
@@ -231,7 +227,7 @@ def _observer_shared(graph: Graph) -> Broken:
     """Linears of one input group and one input scheme, and all calls of one module, have one statistic."""
     first: dict[Hashable, tuple[Observer, Leaf]] = {}
     for node, leaf in graph.linears():
-        role, scheme, source = get(node, Role), _quantized(node), tensor_arg(node, 0)
+        role, scheme, source = get(node, Role), scheme_of(node), tensor_arg(node, 0)
         observer = get(source, Observer) if source is not None else None
         if role is None or role.input_group is None or scheme is None or observer is None:
             continue
@@ -282,7 +278,7 @@ def _no_observe(node: Node) -> str | None:
 
 
 def _linears_lowered(node: Node) -> str | None:
-    return "a linear with a scheme was not lowered" if node.op == "call_module" and _quantized(node) else None
+    return "a linear with a scheme was not lowered" if node.op == "call_module" and scheme_of(node) else None
 
 
 def _names_cache(graph: Graph) -> Broken:
@@ -310,7 +306,7 @@ def _names_layer(node: Node) -> str | None:
         strange = next((user for user in node.users if user.args[1:] != node.args[1:]), None)
         return f"it rounds the input of {node.args[1]}, but {_called(strange)} reads it" if strange else None
     leaf = get(node, Leaf)
-    if leaf is None or leaf.path != node.args[1] or not _quantized(node):
+    if leaf is None or leaf.path != node.args[1] or not scheme_of(node):
         return f"it uses the numbers of {node.args[1]}, but its annotations do not give that layer a scheme"
     return None
 
@@ -321,7 +317,7 @@ def _called(node: Node) -> str:
 
 
 def _input_rounded(node: Node) -> str | None:
-    scheme, source = _quantized(node), tensor_arg(node, 0)
+    scheme, source = scheme_of(node), tensor_arg(node, 0)
     if node.target is not quantized_linear or scheme is None or source is None:
         return None
     rounded = source.target is fake_quantize

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Set
 
 from torch import Tensor
 
-from qcompiler.checkpoints.header import tensor_bytes
 from qcompiler.formats import layout
-from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, get, get_quant, need
+from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, get, get_quant, need, scheme_of
 from qcompiler.ir.fx import Node, value
 from qcompiler.ir.graph import Graph
-from qcompiler.lowering.sites import LISTED, scheme_of
+from qcompiler.lowering.sites import LISTED
 from qcompiler.report import LayerRow, Report
 from qcompiler.source import ModelSource
+from qcompiler.tensors import tensor_bytes
 
 
 def quantized_paths(graph: Graph) -> dict[str, Node]:
@@ -114,7 +114,7 @@ def _packed_bytes(node: Node, leaf: Leaf, source: ModelSource) -> int:
     scheme = scheme_of(node)
     assert scheme is not None
     tensors = layout(scheme, leaf.out_features, leaf.in_features, source.dtype)
-    return sum(meta.nbytes for meta in tensors.values())
+    return sum(tensor_bytes(*spec) for spec in tensors.values())
 
 
 def _cache_bytes(graph: Graph, source: ModelSource) -> int:

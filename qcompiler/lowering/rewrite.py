@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from qcompiler.ir.annotations import Observer, Role, annotate, get, get_quant, need, set_quant
+from qcompiler.ir.annotations import Observer, Role, annotate, get, get_quant, need, scheme_of, set_quant
 from qcompiler.ir.edit import insert
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, observe, quantized_linear
-from qcompiler.lowering.sites import scheme_of
 
 
 def lower_graph(graph: Graph) -> None:

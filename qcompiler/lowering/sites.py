@@ -6,19 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qcompiler.emit.sites import Site
-from qcompiler.ir.annotations import Leaf, LeafKind, Role, Structure, get_quant, need
+from qcompiler.ir.annotations import Leaf, LeafKind, Role, Structure, need, scheme_of
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
-from qcompiler.scheme import Scheme
 from qcompiler.source import ModelSource
 
 LISTED = (LeafKind.LINEAR, LeafKind.CONV1D, LeafKind.BARE_LINEAR)
-
-
-def scheme_of(node: Node) -> Scheme | None:
-    """What a leaf's weight becomes; None where it stays dense."""
-    quant = get_quant(node)
-    return quant.scheme if quant else None
 
 
 def sites(graph: Graph) -> list[Site]:

@@ -13,14 +13,15 @@ from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
 from qcompiler.emit.config import LOADERS, build_quantization_config
 from qcompiler.errors import VerificationError
 from qcompiler.formats import cache_scale, pack
-from qcompiler.ir.annotations import Leaf, get
+from qcompiler.ir.annotations import Leaf, get, scheme_of
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
 from qcompiler.lowering.predict import quantized_paths, written_paths
-from qcompiler.lowering.sites import disk_sites, scheme_of, sites
+from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline.base import Context, Destination, PartitionWork
 from qcompiler.runtime.parallel import in_parallel
-from qcompiler.runtime.stream import tensor_paths
+from qcompiler.runtime.weights import tensor_paths
+from qcompiler.tensors import tensor_bytes
 
 
 class CheckpointStep:
@@ -77,7 +78,7 @@ class CheckpointStep:
             module = self._context.source.names.disk_module(observer.consumers[0])
             tensors[f"{module}.{cache_scale(observer.purpose)}"] = scale.cpu()
         self._writer.add_shard(self._shard[work.partition.name], tensors)
-        self._written += sum(_nbytes(tensor) for tensor in tensors.values())
+        self._written += sum(tensor_bytes(tensor.dtype, tuple(tensor.shape)) for tensor in tensors.values())
 
     def _pack(self, path: str, work: PartitionWork) -> dict[str, Tensor]:
         """The tensors of one quantized linear by their keys on disk, on the CPU."""
@@ -135,13 +136,6 @@ class CheckpointStep:
             # A head with codes of its own shares nothing with the embedding any more.
             config["tie_word_embeddings"] = False
         return {**config, "quantization_config": self._config.config}
-
-
-def _nbytes(tensor: DiskTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= int(size)
-    return count * tensor.dtype.itemsize
 
 
 def _json(data: Mapping[str, Any]) -> str:

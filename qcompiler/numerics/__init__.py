@@ -2,7 +2,7 @@
 
 from qcompiler.numerics.activations import fake_quantize
 from qcompiler.numerics.quadratic import quadratic_form
-from qcompiler.numerics.scales import input_global_scale, nvfp4_global_scale, static_qparams
+from qcompiler.numerics.scales import nvfp4_global_scale, static_qparams
 from qcompiler.numerics.tensor import QuantizedTensor, scale_shape
 from qcompiler.numerics.weights import (
     ScaleSearch,
@@ -21,7 +21,6 @@ __all__ = [
     "WeightError",
     "dequantize",
     "fake_quantize",
-    "input_global_scale",
     "multiplied_out",
     "nvfp4_global_scale",
     "quadratic_form",

@@ -19,15 +19,11 @@ def nvfp4_global_scale(amax: Tensor) -> Tensor:
     """The divisor (float32 [1]) under which a tensor of largest magnitude `amax` uses all of the FP8 scales' range.
 
     448 * 6 / amax. Linears that a runtime fuses must share it: pass the largest amax of them. A zero `amax` gives 1.
+    That of activations is the reciprocal of what ModelOpt calls the input scale.
     """
     amax = amax.to(torch.float32).reshape(1)
     scale = FP8_MAX * FP4_MAX / amax.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(scale.isfinite(), scale, 1.0)
-
-
-def input_global_scale(amax: Tensor) -> Tensor:
-    """The same divisor for NVFP4 activations: the reciprocal of what ModelOpt calls the input scale."""
-    return nvfp4_global_scale(amax)
 
 
 def mx_exponent(amax: Tensor, bits: int) -> Tensor:

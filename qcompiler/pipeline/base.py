@@ -65,9 +65,9 @@ class PartitionStep(ABC):
     def partition(self, work: PartitionWork) -> None:
         """Do this pass's part for one partition."""
 
-    @abstractmethod
     def finish(self) -> None:
-        """After the last partition: bring the graph to the stage that the pass ensures."""
+        """After the last partition: what is left to do for the whole graph."""
+        return
 
     def publish(self) -> None:
         """Every pass of the pipeline has finished: let what this one made be seen outside."""

@@ -14,26 +14,24 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import DataError
-from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, get, get_quant, need, observed
+from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, get, need, observed, scheme_of
 from qcompiler.ir.fx import Node, ancestors
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
-from qcompiler.numerics import dequantize, fake_quantize
+from qcompiler.numerics import dequantize
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved, Statistics
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.memory import trim_memory
+from qcompiler.runtime.quantized import QuantizedOperations, Rounding
 from qcompiler.runtime.statistics import Statistic
-from qcompiler.runtime.stream import Stream, always, tensor_paths
-from qcompiler.runtime.weights import LazyWeights
-from qcompiler.source import ModelSource
+from qcompiler.runtime.stream import Stream, always
+from qcompiler.runtime.weights import LazyWeights, lazy_weights
 
 
 @dataclass(slots=True)
@@ -111,11 +109,6 @@ class _Clock:
         return lap
 
 
-def lazy_weights(graph: Graph, part: Partition, source: ModelSource, device: torch.device) -> LazyWeights:
-    """Every parameter, buffer and constant that a partition uses, by path, on the device, read when asked for."""
-    return LazyWeights(tensor_paths(graph, part), source.load, own=graph.buffers | graph.constants, device=device)
-
-
 def _observers(part: Partition) -> list[Node]:
     return [node for node in part.nodes if node.target is observe]
 
@@ -158,44 +151,35 @@ def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor]) -> 
 
 def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
     """Run the batches through the partition as it will be served, and keep what later partitions read."""
-    handlers: dict[Any, Handler] = {observe: partial(_round_cache, work)}
+    inputs: dict[str, Rounding] = {}
+    linears: set[Any] = set()
     for node in part.nodes:
-        leaf = get(node, Leaf)
-        if leaf is not None and leaf.path in work.solved and node.target not in handlers:
-            work.weights[f"{leaf.path}.weight"] = dequantize(work.solved[leaf.path].weight, stream.dtype)
-            handlers[node.target] = quantized_handler(work)
+        leaf, scheme = get(node, Leaf), scheme_of(node)
+        if leaf is None or scheme is None or leaf.path not in work.solved or node.target in linears:
+            continue
+        linears.add(node.target)
+        solved = work.solved[leaf.path]
+        work.weights[f"{leaf.path}.weight"] = dequantize(solved.weight, stream.dtype)
+        if scheme.input_activations is not None:
+            inputs[leaf.path] = Rounding(
+                scheme.input_activations, solved.input_scale, solved.input_zero_point, solved.input_global_scale
+            )
+    caches = {(o.consumers[0], str(o.purpose)): Rounding(o.spec, scale) for o, scale in work.caches.items()}
+    served = QuantizedOperations(work.weights, inputs, caches)
+    handlers = {observe: partial(_round_cache, served)} | dict.fromkeys(linears, partial(_run_linear, served))
     stream.run(part, part.nodes, work.weights, always(handlers), keep=True)
 
 
-def _round_cache(work: PartitionWork, node: Node, args: tuple[Any, ...]) -> Tensor:
+def _round_cache(served: QuantizedOperations, node: Node, args: tuple[Any, ...]) -> Tensor:
     """Observed keys and values as the cache will hold them; observed inputs are rounded by their linears."""
     observer = get(node, Observer)
     x: Tensor = args[0]
-    scale = work.caches.get(observer) if observer is not None else None
-    return x if observer is None or scale is None else fake_quantize(x, observer.spec, scale=scale)
-
-
-def quantized_handler(work: PartitionWork) -> Handler:
-    """Evaluates a linear with quantized input activations; its weight is already dequantized in `work.weights`."""
-
-    def handle(node: Node, args: tuple[Any, ...]) -> Tensor:
-        leaf, quant = need(node, Leaf), get_quant(node)
-        assert quant is not None
-        assert quant.scheme is not None
-        x = quantize_input(args[0], quant.scheme.input_activations, work.solved[leaf.path])
-        return functional.linear(x, work.weights[f"{leaf.path}.weight"], work.weights.get(f"{leaf.path}.bias"))
-
-    return handle
-
-
-def quantize_input(x: Tensor, spec: Any, solved: Solved) -> Tensor:
-    """Input activations as the runtime rounds them; unchanged where the scheme leaves them alone."""
-    if spec is None:
+    if observer is None or (observer.consumers[0], observer.purpose) not in served.caches:
         return x
-    return fake_quantize(
-        x,
-        spec,
-        scale=solved.input_scale,
-        zero_point=solved.input_zero_point,
-        global_scale=solved.input_global_scale,
-    )
+    return served.fake_quantize_cache(x, observer.consumers[0], observer.purpose)
+
+
+def _run_linear(served: QuantizedOperations, node: Node, args: tuple[Any, ...]) -> Tensor:
+    layer = need(node, Leaf).path
+    x = served.fake_quantize(args[0], layer) if layer in served.inputs else args[0]
+    return served.quantized_linear(x, layer)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qcompiler.errors import DataError
 from qcompiler.ir.annotations import Observer
-from qcompiler.numerics import fake_quantize, input_global_scale, static_qparams
+from qcompiler.numerics import fake_quantize, nvfp4_global_scale, static_qparams
 from qcompiler.scheme import Strategy
 
 _OCTAVES = 48  # magnitudes from 2^-24 to 2^24; what lies outside goes to the nearest bin
@@ -93,7 +93,7 @@ class Statistic:
     def global_scale(self) -> Tensor:
         """NVFP4's input global scale, float32 [1]."""
         low, high = self.range()
-        return input_global_scale(torch.maximum(-low, high))
+        return nvfp4_global_scale(torch.maximum(-low, high))
 
     def _values(self) -> tuple[Tensor, Tensor]:
         """Bin centres from the most negative to the most positive, and their counts."""

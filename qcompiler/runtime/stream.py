@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from qcompiler.data.batches import TokenBatch
-from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.fx import Node, is_op, mutates
 from qcompiler.ir.graph import Graph, Partition
-from qcompiler.ir.ops import quantized_linear
 from qcompiler.runtime.evaluate import Handler, evaluate
 
 Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
@@ -22,20 +20,6 @@ Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
 def always(handlers: Mapping[Any, Handler]) -> Handlers:
     """The same handlers for every batch."""
     return lambda batch: handlers
-
-
-def tensor_paths(graph: Graph, part: Partition) -> list[str]:
-    """The parameters and buffers that a partition's nodes use, by path, in order of use."""
-    paths: dict[str, None] = {}
-    for node in part.nodes:
-        leaf = get(node, Leaf)
-        if node.op == "get_attr":
-            paths[str(node.target)] = None
-        elif leaf is not None and (node.op == "call_module" or node.target is quantized_linear):
-            module = graph.model.get_submodule(leaf.path)
-            for name, _ in (*module.named_parameters(), *module.named_buffers()):
-                paths[f"{leaf.path}.{name}"] = None
-    return list(paths)
 
 
 def depends_on_tokens(graph: Graph) -> set[Node]:

@@ -8,6 +8,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from qcompiler.ir.annotations import Leaf, get
+from qcompiler.ir.graph import Graph, Partition
+from qcompiler.ir.ops import quantized_linear
+from qcompiler.source import ModelSource
+
 
 class LazyWeights(MutableMapping[str, Tensor]):
     """Parameters, buffers and constants by path, on one device. What nobody asks for is never read.
@@ -54,3 +59,22 @@ class LazyWeights(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+def tensor_paths(graph: Graph, part: Partition) -> list[str]:
+    """The parameters and buffers that a partition's nodes use, by path, in order of use."""
+    paths: dict[str, None] = {}
+    for node in part.nodes:
+        leaf = get(node, Leaf)
+        if node.op == "get_attr":
+            paths[str(node.target)] = None
+        elif leaf is not None and (node.op == "call_module" or node.target is quantized_linear):
+            module = graph.model.get_submodule(leaf.path)
+            for name, _ in (*module.named_parameters(), *module.named_buffers()):
+                paths[f"{leaf.path}.{name}"] = None
+    return list(paths)
+
+
+def lazy_weights(graph: Graph, part: Partition, source: ModelSource, device: torch.device) -> LazyWeights:
+    """Every parameter, buffer and constant that a partition uses, by path, on the device, read when asked for."""
+    return LazyWeights(tensor_paths(graph, part), source.load, own=graph.buffers | graph.constants, device=device)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qcompiler.checkpoints.header import tensor_bytes
 from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.checkpoints.writer import CheckpointWriter
+from qcompiler.tensors import tensor_bytes
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "deepseek_v3", "hrm_text"])

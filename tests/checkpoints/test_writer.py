@@ -14,10 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompiler.checkpoints.header import DTYPES, tensor_bytes
+from qcompiler.checkpoints.header import DTYPES
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor
 from qcompiler.checkpoints.writer import CheckpointWriter, write_safetensors
 from qcompiler.errors import CheckpointError
+from qcompiler.tensors import tensor_bytes
 from tests.disks import mounted
 
 FINGERPRINT = {"inputs": {"model.safetensors": [10, "abc"]}, "pipeline": ["int4"], "version": "1"}

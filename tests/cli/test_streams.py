@@ -96,9 +96,6 @@ class Step(PartitionStep):
 
     def partition(self, work):
         sleep(self.seconds)
-
-    def finish(self):
-        pass
 """
 
 

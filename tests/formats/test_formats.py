@@ -10,6 +10,7 @@ from qcompiler.errors import CheckpointError, ConfigError, LegalityError
 from qcompiler.formats import InputParams, layout, pack, unpack
 from qcompiler.numerics import QuantizedTensor, dequantize, quantize_weight
 from qcompiler.scheme import PRESETS, Format, QuantSpec, Scheme, Strategy, preset
+from qcompiler.tensors import tensor_bytes
 from tests.numerics.cases import STRATEGIES, WEIGHT_SPECS, integer
 from tests.numerics.library import library_decompress
 
@@ -65,9 +66,10 @@ def test_what_is_packed_is_what_the_layout_predicts(scheme: Scheme, dtype: torch
     packed = pack(quantized(scheme, dtype), scheme, **inputs(scheme, dtype))
     predicted = layout(scheme, *SHAPE, dtype)
     assert list(packed) == list(predicted)
-    for name, meta in predicted.items():
+    for name, spec in predicted.items():
         tensor = packed[name]
-        assert (tensor.dtype, tuple(tensor.shape), tensor.nbytes) == (meta.dtype, meta.shape, meta.nbytes), name
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, name
+        assert tensor.nbytes == tensor_bytes(*spec), name
         assert tensor.is_contiguous(), name
 
 
@@ -146,7 +148,7 @@ def test_symmetric_schemes_write_no_zero_points(scheme: Scheme) -> None:
     ],
 )  # fmt: skip
 def test_the_layout_of_presets(name: str, expected: dict[str, list[int]]) -> None:
-    assert {n: list(m.shape) for n, m in layout(preset(name), *SHAPE, torch.bfloat16).items()} == expected
+    assert {n: list(shape) for n, (_, shape) in layout(preset(name), *SHAPE, torch.bfloat16).items()} == expected
 
 
 def test_every_format_is_covered() -> None:

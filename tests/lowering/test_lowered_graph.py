@@ -16,7 +16,7 @@ from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import fake_quantize, observe, quantized_linear
 from qcompiler.ir.spec import verify
-from qcompiler.runtime.lowered import Lowered, logits, open_lowered
+from qcompiler.lowering.evaluate import Lowered, logits, open_lowered
 from tests.compile.tiny import (
     ATTENTION,
     INT4_ASYM,

@@ -7,7 +7,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from torch import Tensor
 
 from qcompiler.errors import ConfigError, LegalityError
-from qcompiler.numerics import fake_quantize, input_global_scale, static_qparams
+from qcompiler.numerics import fake_quantize, nvfp4_global_scale, static_qparams
 from qcompiler.scheme import QuantSpec, Strategy, preset
 from tests.numerics.library import library_args
 
@@ -41,7 +41,7 @@ def sample(dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 256)) -> Tensor:
 def test_dynamic_activations_equal_the_librarys_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     spec, x = DYNAMIC[name], sample(dtype)
     args = library_args(spec)
-    global_scale = input_global_scale(x.abs().max()) if spec.is_nvfp4 else None
+    global_scale = nvfp4_global_scale(x.abs().max()) if spec.is_nvfp4 else None
     scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Module(), global_scale=global_scale)
     expected = library_fake_quantize(x, scale, zero, args, global_scale=global_scale)
     found = fake_quantize(x, spec, global_scale=global_scale)
@@ -83,8 +83,8 @@ def test_static_scale_and_zero_point_are_the_librarys(symmetric: bool) -> None:
 
 def test_the_global_scale_is_the_librarys_and_is_one_where_nothing_was_seen() -> None:
     for amax in (torch.tensor(3.7), torch.tensor([12.0]), torch.tensor(0.0)):
-        assert torch.equal(input_global_scale(amax), generate_gparam(-amax.reshape(1), amax.reshape(1)))
-    assert input_global_scale(torch.tensor(0.0)).item() == 1
+        assert torch.equal(nvfp4_global_scale(amax), generate_gparam(-amax.reshape(1), amax.reshape(1)))
+    assert nvfp4_global_scale(torch.tensor(0.0)).item() == 1
 
 
 @pytest.mark.parametrize("strategy", [Strategy.TENSOR, Strategy.ATTN_HEAD])

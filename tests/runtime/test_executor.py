@@ -55,9 +55,6 @@ class Recorder(PartitionStep):
             for path in statistic.observer.consumers:
                 self.statistics[path if kind == "input" else f"{path}.{kind}"] = statistic
 
-    def finish(self) -> None:
-        return None
-
 
 def record(folder: Path, pipeline_: Any, data: TokenData | None) -> Recorder:
     """Sweep over a model without solving anything."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcompiler.errors import DataError
 from qcompiler.ir.annotations import Observer
-from qcompiler.numerics import fake_quantize, input_global_scale
+from qcompiler.numerics import fake_quantize, nvfp4_global_scale
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.scheme import QuantSpec, Strategy, preset
 
@@ -176,7 +176,7 @@ def test_nvfp4_clips_nothing_for_a_smaller_error(x: Tensor) -> None:
         each.update(x, everything(x))
     assert error(x, found) == error(x, whole)
     for factor in (0.5, 0.75, 0.9):
-        rounded = fake_quantize(x, NVFP4, global_scale=input_global_scale(x.abs().max() * factor))
+        rounded = fake_quantize(x, NVFP4, global_scale=nvfp4_global_scale(x.abs().max() * factor))
         assert float((rounded - x).double().square().sum()) > 0.999 * error(x, whole)
 
 
@@ -230,7 +230,7 @@ def test_the_global_scale_of_clipped_nvfp4_is_larger() -> None:
     x = heavy_tailed()
     clipped = statistic("percentile", NVFP4, percentile=99.0)
     clipped.update(x, everything(x))
-    assert float(clipped.global_scale()) > 1.2 * float(input_global_scale(x.abs().max()))
+    assert float(clipped.global_scale()) > 1.2 * float(nvfp4_global_scale(x.abs().max()))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

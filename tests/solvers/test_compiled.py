@@ -115,9 +115,6 @@ def test_hessians_are_of_the_inputs_that_the_model_really_has(tmp_path: Path) ->
             for statistic in work.statistics.hessians.values():
                 seen[statistic.observer.consumers[0]] = statistic.value()
 
-        def finish(self) -> None:
-            return None
-
     batches: list[TokenBatch] = []
     passes = mixed("gptq").passes
     chosen = Pipeline("look", (*passes[:3], Look(), *passes[3:]))

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qcompiler.capture import capture_graph
 from qcompiler.checkpoints.reader import CheckpointReader
@@ -21,17 +20,16 @@ from qcompiler.formats import cache_scale
 from qcompiler.ir.annotations import Quant, set_quant
 from qcompiler.ir.edit import stand_between
 from qcompiler.ir.fx import Node
-from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, quantized_linear
+from qcompiler.ir.graph import Graph, Partition, Stage
+from qcompiler.ir.ops import fake_quantize, fake_quantize_cache
 from qcompiler.ir.partition import partitions
 from qcompiler.lowering.read import CompressedReader
 from qcompiler.lowering.rewrite import lower_graph
 from qcompiler.meta import build_on_meta
-from qcompiler.numerics import fake_quantize as round_activations
 from qcompiler.patterns.cache import cached_tensors
-from qcompiler.runtime.evaluate import Handler
-from qcompiler.runtime.executor import lazy_weights
+from qcompiler.runtime.quantized import QuantizedOperations, Rounding
 from qcompiler.runtime.stream import Stream, always
+from qcompiler.runtime.weights import lazy_weights
 from qcompiler.scheme import Strategy
 from qcompiler.source import ModelSource, read_config
 
@@ -110,51 +108,44 @@ def logits(lowered: Lowered, batches: Sequence[TokenBatch], device: torch.device
     stream = Stream(graph, parts, batches, device)
     for part in parts:
         weights = lazy_weights(graph, part, source, device)
-        handlers: dict[Any, Handler] = {
-            quantized_linear: partial(_multiply, weights),
-            fake_quantize: partial(_round, lowered),
-            fake_quantize_cache: partial(_round_cache, lowered),
-        }
+        operations = _operations(lowered, part, weights, device)
+        handlers = operations.handlers() | {fake_quantize: partial(_round_as_the_library, operations)}
         stream.run(part, part.nodes, weights, always(handlers), keep=True)
     return stream.outputs()
 
 
-def _multiply(weights: Mapping[str, Tensor], node: Node, args: tuple[Any, ...]) -> Tensor:
-    x, path = args
-    return functional.linear(x, weights[f"{path}.weight"], weights.get(f"{path}.bias"))
+def _operations(
+    lowered: Lowered, part: Partition, weights: Mapping[str, Tensor], device: torch.device
+) -> QuantizedOperations:
+    """A partition's quantized operations, on the numbers that the checkpoint stores."""
+    source, reader = lowered.source, lowered.reader
+    inputs: dict[str, Rounding] = {}
+    caches: dict[tuple[str, str], Rounding] = {}
+    for node in part.nodes:
+        if node.target is fake_quantize:
+            path = str(node.args[1])
+            name = _disk_name(source, path)
+            spec = reader.schemes[name].input_activations
+            assert spec is not None, f"{path} has a fake_quantize, and no scheme for its input"
+            numbers = reader.parts(name, prefix="input_").items()
+            stored = {key.removeprefix("input_"): number.to(device) for key, number in numbers}
+            inputs[path] = Rounding(spec, **stored)
+        elif node.target is fake_quantize_cache:
+            path, kind = (str(arg) for arg in node.args[1:])
+            assert lowered.graph.kv_cache is not None, f"{path} rounds its cache, and the config does not say how"
+            scale = reader.read(f"{source.names.disk_module(path)}.{cache_scale(kind)}")
+            caches[path, kind] = Rounding(lowered.graph.kv_cache.numbers, scale.to(device))
+    return QuantizedOperations(weights, inputs, caches)
 
 
-def _round(lowered: Lowered, node: Node, args: tuple[Any, ...]) -> Tensor:
-    x, path = args
-    name = _disk_name(lowered.source, path)
-    spec = lowered.reader.schemes[name].input_activations
-    assert spec is not None, f"{path} has a fake_quantize, and no scheme for its input"
-    shape = x.shape
-    if spec.strategy is Strategy.TOKEN:
-        x = _as_the_library_sees_tokens(x)
-    stored = {part: tensor.to(x.device) for part, tensor in lowered.reader.parts(name, prefix="input_").items()}
-    rounded = round_activations(
-        x,
-        spec,
-        scale=stored.get("input_scale"),
-        zero_point=stored.get("input_zero_point"),
-        global_scale=stored.get("input_global_scale"),
-    )
-    return rounded.reshape(shape)
-
-
-def _round_cache(lowered: Lowered, node: Node, args: tuple[Any, ...]) -> Tensor:
-    x, path, part = args
-    spec = lowered.graph.kv_cache
-    assert spec is not None, f"{path} rounds its cache, and the config does not say how"
-    scale = lowered.reader.read(f"{lowered.source.names.disk_module(path)}.{cache_scale(part)}")
-    return round_activations(x, spec.numbers, scale=scale.to(x.device))
-
-
-def _as_the_library_sees_tokens(x: Tensor) -> Tensor:
-    """`x` with one row for each scale that compressed-tensors takes: the first two dimensions count its tokens.
+def _round_as_the_library(operations: QuantizedOperations, node: Node, args: tuple[Any, ...]) -> Tensor:
+    """Tokens in rows as compressed-tensors counts them: its first two dimensions do, and each row has one scale.
 
     That is one a token where `x` is [batch, tokens, features], as runtimes have it always. Of [tokens, features]
     (shared experts) it takes a single scale, and of [batch, 1, tokens, features] (latent attention) one a sequence.
     """
-    return x.reshape(1, -1) if x.dim() == 2 else x.flatten(2)
+    x, layer = args
+    if operations.inputs[layer].spec.strategy is not Strategy.TOKEN:
+        return operations.fake_quantize(x, layer)
+    rows = x.reshape(1, -1) if x.dim() == 2 else x.flatten(2)
+    return operations.fake_quantize(rows, layer).reshape(x.shape)
