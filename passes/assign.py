@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from qcompiler import select
 from qcompiler.errors import RuleError
-from qcompiler.ir.annotations import Leaf, LeafKind, Quant, Role, get_quant, need, set_quant
+from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set_quant
+from qcompiler.ir.fusion import check_fusion
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.pipeline import Context
@@ -71,7 +72,7 @@ class Assign(GraphPass):
             who = f"{context.running or self.name}: rule {number}"
             asked |= dict.fromkeys(self._apply(rule, who, scope, context), (rule, who))
         self._fit(asked, context)
-        _check_fusion(graph)
+        check_fusion(graph)
         blocks = [leaf for _, leaf in graph.leaves() if leaf.kind is LeafKind.EXPERTS]
         if blocks:
             context.report.info(f"blocks of experts stay dense: {len(blocks)}, {blocks[0].path} the first of them")
@@ -207,27 +208,3 @@ def _decided(scheme: Scheme | None, rule: Rule, because: tuple[str, ...]) -> Qua
         return Quant(None, "none", because)
     options = rule.solver if isinstance(rule.solver, GptqOptions) else None
     return Quant(scheme, rule.solver.name, because, options, rule.transform)
-
-
-def _check_fusion(graph: Graph) -> None:
-    """Linears that the runtime fuses must agree on one scheme."""
-    members: dict[str, list[Node]] = {}
-    for node, _ in graph.linears():
-        group = need(node, Role).fusion_group
-        if group is not None:
-            members.setdefault(group, []).append(node)
-    for group, nodes in members.items():
-        schemes = {quant.scheme if (quant := get_quant(node)) else None for node in nodes}
-        if len(schemes) > 1:
-            raise RuleError(
-                f"fusion group {group}: its linears are fused by runtimes and must share one scheme, but\n"
-                + "\n".join(f"  {need(node, Leaf).path}: {_decision(node)}" for node in nodes),
-                hint="give them one scheme: select by structure (attention-input, mlp-input) instead of by name",
-            )
-
-
-def _decision(node: Node) -> str:
-    quant = get_quant(node)
-    if quant is None:
-        return "dense, no rule selects it"
-    return f"{quant.scheme.short if quant.scheme else 'dense'}, by {', '.join(quant.because)}"

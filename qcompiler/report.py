@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something a user should know. A `fallback` did something else than was asked for."""
+    """Something a user should know.
 
-    kind: Literal["info", "fallback"]
+    A `warning` is of what was asked for and is likely a mistake; a `fallback` did something else than was asked for.
+    """
+
+    kind: Literal["info", "warning", "fallback"]
     text: str
 
 
@@ -65,6 +68,9 @@ class Report:
 
     def info(self, text: str) -> None:
         self._note(Note("info", text))
+
+    def warning(self, text: str) -> None:
+        self._note(Note("warning", text))
 
     def fallback(self, text: str) -> None:
         self._note(Note("fallback", text))

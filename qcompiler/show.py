@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.config_summary:
         console.print(f"config: {report.config_summary}")
     for note in report.notes:
-        console.print(f"{'fallback' if note.kind == 'fallback' else 'note'}: {note.text}", markup=False)
+        console.print(f"{'note' if note.kind == 'info' else note.kind}: {note.text}", markup=False)
     spent = "  ".join(f"{timing.name} {timing.seconds:.2f}s" for timing in report.timings)
     console.print(f"time: {spent}", markup=False)
 

@@ -28,7 +28,7 @@ RULE = "my.yaml:4: passes[0].assign.rules[0]"
 def test_an_unknown_pass_gets_its_near_name_and_all_others() -> None:
     wrong = error("name: p\npasses:\n  - legalise\n")
     assert wrong.message == "my.yaml:3: passes[0]: unknown pass 'legalise'; did you mean 'legalize'?"
-    assert str(wrong.hint).startswith("passes: assign, calibrate, ")
+    assert str(wrong.hint).startswith("passes: assign, assign-targets, calibrate, ")
 
 
 def test_an_unknown_key_of_the_pipeline_gets_its_near_name() -> None:

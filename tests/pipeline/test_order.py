@@ -10,6 +10,8 @@ from qcompiler.pipeline.manager import check_order, check_print_after
 from qcompiler.pipeline.registry import packaged_pipelines
 from tests.pipeline.conftest import Install
 
+ANNOTATE = "assign or assign-targets"
+
 
 def refusal(*passes: str) -> ConfigError:
     with pytest.raises(ConfigError) as raised:
@@ -26,8 +28,8 @@ def test_packaged_pipelines_are_in_order(name: str) -> None:
 @pytest.mark.parametrize(
     ("passes", "said", "hint"),
     [
-        (("legalize",), "pass legalize needs a graph that is annotated, and here it is captured", "assign"),
-        (("insert-observers",), "pass insert-observers needs a graph that is annotated, and here it", "assign"),
+        (("legalize",), "pass legalize needs a graph that is annotated, and here it is captured", ANNOTATE),
+        (("insert-observers",), "pass insert-observers needs a graph that is annotated, and here it", ANNOTATE),
         (("assign", "calibrate"), "pass calibrate needs a graph that is observed, and here it is", "insert-observers"),
         (("assign", "insert-observers", "lower"), "pass lower needs a graph that is calibrated, and", "calibrate"),
     ],
@@ -54,7 +56,7 @@ def test_the_order_runs_through_nested_pipelines() -> None:
 
 def test_a_broken_package_does_not_hide_what_is_wrong_with_the_order(install: Install) -> None:
     install("broken", {"broken.py": "import absent_module"}, passes={"broken": "broken:Broken"})
-    assert refusal("legalize").hint == "put assign before it"
+    assert refusal("legalize").hint == f"put {ANNOTATE} before it"
 
 
 def test_printing_after_a_pass_that_does_not_run_is_refused() -> None:
