@@ -81,7 +81,8 @@ def _options(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with config.json, or a hub id.")]
 PipelineOption = Annotated[
-    str, typer.Option("--pipeline", "-p", metavar="NAME", help="A packaged pipeline's name, or a YAML file.")
+    str,
+    typer.Option("--pipeline", "-p", metavar="NAME", help="A packaged pipeline's name, a YAML file, or a recipe."),
 ]
 TargetOption = Annotated[
     str | None, typer.Option("--target", "-t", metavar="NAME", help="Runtime and hardware, e.g. vllm-sm90.")

@@ -116,6 +116,9 @@ class n:
 @pytest.mark.parametrize("file", files("passes"), ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_pass_imports_no_other_pass(file: Path) -> None:
     named = imports(file.read_text(encoding="utf-8"))
+    # What reads recipes is no pass, but a package of its own: it writes names of passes, and imports none.
+    if file.parent.name == "recipes":
+        named = (name for name in named if not name.startswith("passes.recipes."))
     assert not [name for name in named if package(name) in ("passes", "tools", "tests")]
 
 

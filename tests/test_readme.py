@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from qcompiler.ir.ops import OPS
 from qcompiler.ir.printer import Printer
 from qcompiler.pipeline import load_pipeline, print_pipeline
 from qcompiler.pipeline.describe import describe_passes, describe_pipelines
+from qcompiler.pipeline.registry import pass_names
 from qcompiler.scheme import PRESETS
 from qcompiler.targets import load_target, target_names
 
@@ -62,12 +64,19 @@ def targets() -> str:
     return "\n".join(["| target | runtime | hardware |", "|---|---|---|", *rows])
 
 
+def passes() -> str:
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["entry-points"]["qcompiler.passes"]
+    assert set(declared) <= set(pass_names()), "pyproject.toml has passes that are not installed: install it again"
+    return _indented(describe_passes() + "\n" + describe_pipelines())
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "captured": captured,
     "lowered": lowered,
     "int4-int8": lambda: _indented(print_pipeline(load_pipeline("int4-int8"))),
     "presets": presets,
-    "passes": lambda: _indented(describe_passes() + "\n" + describe_pipelines()),
+    "passes": passes,
     "targets": targets,
 }
 

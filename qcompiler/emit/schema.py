@@ -92,8 +92,9 @@ def parse_quantization_config(config: Mapping[str, Any]) -> ParsedConfig:
             )
     default_format = config.get("format")
     groups = tuple(_group(name, group, default_format) for name, group in (config.get("config_groups") or {}).items())
-    kv_cache = config.get("kv_cache_scheme")
-    return ParsedConfig(groups, tuple(config.get("ignore") or ()), _kv_cache(kv_cache) if kv_cache else None)
+    cache = config.get("kv_cache_scheme")
+    kv_cache = read_kv_cache(cache, "kv_cache_scheme") if cache else None
+    return ParsedConfig(groups, tuple(config.get("ignore") or ()), kv_cache)
 
 
 def _group(name: str, group: Any, default_format: str | None) -> ConfigGroup:
@@ -110,8 +111,8 @@ def _group(name: str, group: Any, default_format: str | None) -> ConfigGroup:
     activations = group.get("input_activations")
     try:
         scheme = Scheme(
-            weights=_spec(weights, f"{where}.weights"),
-            input_activations=_spec(activations, f"{where}.input_activations") if activations else None,
+            weights=read_args(weights, f"{where}.weights"),
+            input_activations=read_args(activations, f"{where}.input_activations") if activations else None,
         )
     except ValidationError as error:
         raise ConfigError(f"{where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
@@ -120,7 +121,11 @@ def _group(name: str, group: Any, default_format: str | None) -> ConfigGroup:
     )
 
 
-def _spec(args: Mapping[str, Any], where: str) -> QuantSpec:
+def read_args(args: Mapping[str, Any], where: str) -> QuantSpec:
+    """`QuantizationArgs` as the library understands them: without a strategy, the group size says it.
+
+    Raises `ConfigError` that names `where` on what this package cannot mean.
+    """
     _refuse_unknown(args, _ARGS_KEYS, where)
     if args.get("actorder") in ("group", "dynamic", True):
         raise ConfigError(
@@ -131,6 +136,8 @@ def _spec(args: Mapping[str, Any], where: str) -> QuantSpec:
     group_size = args.get("group_size")
     if group_size is not None and group_size <= 0:  # -1: older writers' per-channel
         group_size, strategy = None, strategy if strategy not in (None, "group") else "channel"
+    if strategy is None:
+        strategy = Strategy.TENSOR if group_size is None else Strategy.GROUP
     fields: dict[str, Any] = {
         "type": type_,
         "bits": bits,
@@ -168,12 +175,13 @@ def _format(written: str | None, scheme: Scheme, where: str) -> Format:
         ) from None
 
 
-def _kv_cache(args: Mapping[str, Any]) -> KVCacheSpec:
-    spec = _spec(args, "kv_cache_scheme")
+def read_kv_cache(args: Mapping[str, Any], where: str) -> KVCacheSpec:
+    """`kv_cache_scheme`. Raises `ConfigError` that names `where` on anything but static FP8."""
+    spec = read_args(args, where)
     fp8 = (spec.type, spec.bits, spec.symmetric, spec.dynamic) == ("float", 8, True, False)
     if not fp8 or spec.strategy not in (Strategy.TENSOR, Strategy.ATTN_HEAD):
         raise ConfigError(
-            f"kv_cache_scheme is {spec.short}",
+            f"{where} is {spec.short}",
             hint="the KV cache that loaders take is FP8, static, with one scale per tensor or per attention head",
         )
     return KVCacheSpec.model_validate({"strategy": str(spec.strategy)})

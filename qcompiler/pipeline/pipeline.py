@@ -13,7 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.pipeline.base import Pass
 from qcompiler.pipeline.options import options_at, options_of
-from qcompiler.pipeline.registry import NESTED, check_pass_class, packaged_pipelines, pass_class, pass_names
+from qcompiler.pipeline.registry import (
+    NESTED,
+    check_pass_class,
+    packaged_pipelines,
+    pass_class,
+    pass_names,
+    readers,
+)
 from qcompiler.pipeline.safe_yaml import Place, dump_yaml, load_yaml
 
 _SUFFIXES = (".yaml", ".yml")
@@ -116,6 +123,11 @@ def _load(name: str, reading: _Reading, place: Place | None = None) -> Pipeline:
 def _parse(text: str, where: str, reading: _Reading, identity: str | None = None) -> Pipeline:
     inside = reading.enter(identity or where, where)
     data, place = load_yaml(text, where=where)
+    if isinstance(data, dict) and "passes" in data:
+        return _pipeline(data, place, inside)
+    translated = next((found for read in readers() if (found := read(data, place)) is not None), None)
+    if translated is not None:
+        return _pipeline(translated, Place(f"{where}, translated"), inside)
     return _pipeline(data, place, inside)
 
 
@@ -169,7 +181,7 @@ def build_pass(cls: type[Pass], options: dict[str, Any], *, place: Place) -> Pas
     try:
         return adapter.validate_python(options)
     except ValidationError as error:
-        raise ConfigError(_say(error, cls, place), hint=_takes(cls)) from error
+        raise ConfigError(wrong_options(error, cls, place), hint=_takes(cls)) from error
 
 
 def _takes(cls: type[Pass]) -> str:
@@ -179,7 +191,8 @@ def _takes(cls: type[Pass]) -> str:
     return f"{cls.name} takes {', '.join(option.name for option in options_of(cls)) or 'no options'}"
 
 
-def _say(error: ValidationError, cls: type[Pass], place: Place) -> str:
+def wrong_options(error: ValidationError, cls: type, place: Place) -> str:
+    """A line for each option that a table (a pass, a model) does not take, with where it is written."""
     lines = []
     for item in error.errors():
         where = place.at(*item["loc"])

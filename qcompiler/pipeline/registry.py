@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import PydanticUserError, TypeAdapter
 
@@ -14,12 +15,16 @@ from qcompiler.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from qcompiler.pipeline.base import Pass
+    from qcompiler.pipeline.safe_yaml import Place
 
 PASSES = "qcompiler.passes"
 """Entry-point group of passes: `name = "package.module:PassClass"`."""
 
 PIPELINES = "qcompiler.pipelines"
 """Entry-point group of packages that hold pipelines as `*.yaml`: `name = "package"`."""
+
+READERS = "qcompiler.readers"
+"""Entry-point group of functions that read pipelines in other tools' words: `name = "package.module:function"`."""
 
 NESTED = "pipeline"
 """Where the name of a pass may stand, this word stands for a pipeline inside a pipeline."""
@@ -108,6 +113,28 @@ def check_pass_class(cls: object, who: str) -> type[Pass]:
             hint="give options plain types, imported at run time and not only under TYPE_CHECKING",
         ) from error
     return cls
+
+
+class Reader(Protocol):
+    """Reads what another tool calls a pipeline."""
+
+    def __call__(self, data: Any, place: Place) -> dict[str, Any] | None:
+        """A pipeline as plain data in our words; None for data that is not in the tool's.
+
+        `place` is where the data stands. Raises `ConfigError` for what cannot be done as it was asked for.
+        """
+
+
+def readers() -> Iterator[Reader]:
+    """Every installed reader. Raises `ConfigError` for one that does not load."""
+    for point in sorted(entry_points(group=READERS)):
+        try:
+            yield point.load()
+        except Exception as error:  # importing someone's package can fail in every way
+            raise ConfigError(
+                f"reader {point.name!r} ({point.value}) does not load: {type(error).__name__}: {error}",
+                hint="repair or uninstall the package that provides it",
+            ) from error
 
 
 def packaged_pipelines() -> dict[str, str]:
