@@ -9,10 +9,11 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from qcompiler.errors import CheckpointError, DataError
-from qcompiler.ir.annotations import Leaf, Quant, Role, get, get_quant, need
+from qcompiler.errors import CheckpointError, ConfigError, DataError
+from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Quant, Role, get, get_quant, need
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.observers import observers
 from qcompiler.numerics import (
     QuantizedTensor,
     WeightError,
@@ -23,6 +24,7 @@ from qcompiler.numerics import (
 )
 from qcompiler.pipeline import Context, PartitionStep, PartitionWork, StreamingPass
 from qcompiler.pipeline.base import Solved
+from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
@@ -34,23 +36,26 @@ from qcompiler.solvers.options import GptqOptions
 class Calibrate(StreamingPass):
     """Choose scales and round every weight, as its rule's solver does.
 
-    `scales`: those of each weight's range (`minmax`) or of least squared error (`mse`). Solver `rtn` rounds to nearest;
-    `gptq` rounds column by column, and spreads each one's error over those that are left.
+    `scales`: those of each weight's range (`minmax`), of least squared error (`mse`), or of least squared error
+    weighted by how large each input is (`importance`, which insert-observers must measure). Solver `rtn` rounds to
+    nearest; `gptq` rounds column by column, and spreads each one's error over those that are left.
     """
 
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.OBSERVED})
     ensures: ClassVar[Stage] = Stage.CALIBRATED
 
-    scales: Literal["minmax", "mse"] = "minmax"
+    scales: Literal["minmax", "mse", "importance"] = "minmax"
 
     def begin(self, graph: Graph, context: Context) -> PartitionStep:
+        if self.scales == "importance":
+            _check_measured(graph)
         return _Solve(self, graph, context)
 
 
 Item = tuple[Node, Quant]
 R = TypeVar("R")
-S = TypeVar("S", Statistic, HessianStatistic)
+S = TypeVar("S", Statistic, HessianStatistic, ChannelStatistic)
 
 
 class _Solve(PartitionStep):
@@ -65,12 +70,13 @@ class _Solve(PartitionStep):
         globals_ = _global_scales(todo, work.weights)
         measured = _by_consumer(s for s in work.statistics.ranges.values() if s.observer.purpose == "input")
         factored = self._factor(todo, work)
+        importance = self._importance(todo, work)
 
         def solve(item: tuple[Node, Quant]) -> tuple[str, Solved, WeightError, Outcome | None]:
             node, quant = item
             path = need(node, Leaf).path
             weight = work.weights[f"{path}.weight"]
-            rounded, outcome = self._nearest(path, weight, quant, globals_.get(node)), None
+            rounded, outcome = self._nearest(path, weight, quant, globals_.get(node), importance.get(path)), None
             if path in factored and quant.options is not None:
                 rounded, outcome = gptq(weight, factored[path], rounded, quant.options)
             work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
@@ -120,15 +126,27 @@ class _Solve(PartitionStep):
         self._done.add(leaf.path)  # a module that runs twice has one weight
         return quant
 
-    def _nearest(self, path: str, weight: Tensor, quant: Quant, global_scale: Tensor | None) -> QuantizedTensor:
+    def _importance(self, todo: Sequence[Item], work: PartitionWork) -> dict[str, Tensor]:
+        """The size of each input of each linear, where the scale search weighs it."""
+        if self._options.scales != "importance":
+            return {}
+        hessians = _by_consumer(work.statistics.hessians.values())
+        channels = _by_consumer(work.statistics.channels.values())
+        paths = [need(node, Leaf).path for node, _ in todo]
+        return {p: hessians[p].diagonal() if p in hessians else channels[p].mean_square() for p in paths}
+
+    def _nearest(
+        self, path: str, weight: Tensor, quant: Quant, global_scale: Tensor | None, importance: Tensor | None
+    ) -> QuantizedTensor:
         assert quant.scheme is not None
         try:
             return quantize_weight(
                 weight,
                 quant.scheme.weights,
-                scales=self._options.scales,
+                scales="minmax" if self._options.scales == "minmax" else "mse",
                 scale_dtype=self._context.source.dtype,
                 global_scale=global_scale,
+                importance=importance,
             )
         except ValueError as error:
             raise CheckpointError(
@@ -157,6 +175,20 @@ def _global_scales(todo: list[tuple[Node, Quant]], weights: Mapping[str, Tensor]
         amax = torch.stack([weight_amax(weights[f"{need(n, Leaf).path}.weight"]) for n in nodes]).max()
         found |= dict.fromkeys(nodes, nvfp4_global_scale(amax))
     return found
+
+
+def _check_measured(graph: Graph) -> None:
+    """Before anything runs: scales by importance need to know the inputs of every linear."""
+    for node, leaf in graph.linears():
+        quant = get_quant(node)
+        if quant is None or quant.scheme is None:
+            continue
+        if not any(isinstance(observer, HessianObserver | ChannelObserver) for observer in observers(node)):
+            raise ConfigError(
+                f"calibrate: scales: importance weighs errors by how large inputs are, and nothing measures those of "
+                f"{leaf.path}",
+                hint="write insert-observers: {importance: true}, or scales: mse",
+            )
 
 
 def _by_consumer(statistics: Iterable[S]) -> dict[str, S]:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
 from qcompiler.errors import LegalityError
-from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, Role, annotate, get_quant, need, observed
+from qcompiler.ir.annotations import (
+    AnyObserver,
+    ChannelObserver,
+    HessianObserver,
+    Leaf,
+    Observer,
+    Role,
+    annotate,
+    get_quant,
+    need,
+    observed,
+)
 from qcompiler.ir.edit import insert, stand_between
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.observers import unobserved
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.spec import needs_statistics
@@ -22,6 +35,7 @@ from qcompiler.scheme import KVCacheSpec, QuantSpec
 from qcompiler.solvers.options import NEED_HESSIAN
 
 Kind = Literal["minmax", "mse", "percentile"]
+Collected = TypeVar("Collected", HessianObserver, ChannelObserver)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +44,8 @@ class InsertObservers(GraphPass):
 
     Linears that read one tensor with one scheme share one observer, so q, k and v get equal scales as their fusion
     needs; a module that runs several times has one statistic of all its inputs. `inputs` and `kv_cache` choose the
-    statistic: the whole range, the range of least squared error, or a percentile of it.
+    statistic: the whole range, the range of least squared error, or a percentile of it. `importance` also measures how
+    large each input of every linear is, for `calibrate: {scales: importance}`.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -40,10 +55,15 @@ class InsertObservers(GraphPass):
     inputs: Kind = "minmax"
     kv_cache: Literal["minmax"] = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    importance: bool = False
 
     def run(self, graph: Graph, context: Context) -> None:
         self._observe_inputs(graph)
-        self._observe_hessians(graph)
+        solvers = {node: q.solver for node, _ in graph.linears() if (q := get_quant(node)) and q.scheme}
+        self._collect(graph, HessianObserver, {node: name for node, name in solvers.items() if name in NEED_HESSIAN})
+        if self.importance:
+            unknown = [node for node, name in solvers.items() if name not in NEED_HESSIAN]
+            self._collect(graph, ChannelObserver, dict.fromkeys(unknown, "importance"))
         if graph.kv_cache is not None:
             self._observe_cache(graph, graph.kv_cache)
         _check_partitions(graph)
@@ -71,24 +91,21 @@ class InsertObservers(GraphPass):
             for reader in readers:
                 reader.replace_input_with(source, observed)
 
-    def _observe_hessians(self, graph: Graph) -> None:
-        """One Hessian for all linears that read one tensor and whose solver needs it."""
+    def _collect(self, graph: Graph, kind: type[Collected], wanted: Mapping[Node, str]) -> None:
+        """One statistic for all linears of `wanted` that read one tensor; the values are what needs it."""
         watched: dict[Node, list[Node]] = {}
-        for node, _ in graph.linears():
-            quant = get_quant(node)
-            if quant is not None and quant.scheme is not None and quant.solver in NEED_HESSIAN:
-                watched.setdefault(_unobserved(node), []).append(node)
+        for node in wanted:
+            watched.setdefault(unobserved(node), []).append(node)
         ids: dict[str, str] = {}  # by module: its calls share one
         for source, linears in watched.items():
             paths = tuple(need(node, Leaf).path for node in linears)
             group = need(linears[0], Role).input_group
-            id_ = next((ids[path] for path in paths if path in ids), f"{group}.hessian")
+            id_ = next((ids[path] for path in paths if path in ids), f"{group}.{kind.what}")
             ids |= dict.fromkeys(paths, id_)
-            solvers = sorted({quant.solver for node in linears if (quant := get_quant(node))})
-            observer = HessianObserver(id_, paths, (f"{self.name}: {', '.join(solvers)} needs it",))
+            because = f"{self.name}: {', '.join(sorted({wanted[node] for node in linears}))} needs it"
             readers = [user for user in source.users if user in linears or user.target is observe]
             collected = insert(graph, observe, (source,), before=_first(graph, readers), like=source)
-            annotate(collected, observer)
+            annotate(collected, kind(id_, paths, (because,)))
             for reader in readers:
                 reader.replace_input_with(source, collected)
 
@@ -104,15 +121,6 @@ class InsertObservers(GraphPass):
             id_ = f"{cached.path}.{cached.part}"
             observed = stand_between(graph, cached.node, observe)
             annotate(observed, Observer(id_, self.kv_cache, spec.numbers, cached.part, (cached.path,), (because,)))
-
-
-def _unobserved(linear: Node) -> Node:
-    """The tensor that a linear reads, whoever else looks at it."""
-    node = tensor_arg(linear, 0)
-    while node is not None and node.target is observe:
-        node = tensor_arg(node, 0)
-    assert node is not None, f"%{linear.name} reads no tensor"
-    return node
 
 
 def _first(graph: Graph, nodes: list[Node]) -> Node:
@@ -135,9 +143,11 @@ def _check_partitions(graph: Graph) -> None:
             raise LegalityError(message, hint=mend)
 
 
-def _torn(observer: Observer | HessianObserver | None, places: str) -> tuple[str, str]:
+def _torn(observer: AnyObserver | None, places: str) -> tuple[str, str]:
     assert observer is not None
     what, mend = "Hessian of its inputs", "use solver rtn, or ignore this layer"
+    if isinstance(observer, ChannelObserver):
+        what, mend = "importance of its inputs", "leave importance out of insert-observers, or ignore this layer"
     if isinstance(observer, Observer):
         what = f"static scale of its {observer.purpose}"
         mend = "use a scheme whose activations are dynamic, or ignore this layer"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from qcompiler.errors import VerificationError
 from qcompiler.ir.fx import Node
@@ -122,12 +122,29 @@ class HessianObserver:
     `id` names the statistic: nodes that share an id share it.
     """
 
+    what: ClassVar[str] = "hessian"
+
     id: str
     consumers: tuple[str, ...]
     because: tuple[str, ...]
 
 
-Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer, HessianObserver)
+@dataclass(frozen=True, slots=True)
+class ChannelObserver:
+    """What each channel of the passing tensor is like (mean square, mean magnitude, range), for `consumers`.
+
+    `id` names the statistic: nodes that share an id share it.
+    """
+
+    what: ClassVar[str] = "channels"
+
+    id: str
+    consumers: tuple[str, ...]
+    because: tuple[str, ...]
+
+
+AnyObserver = Observer | HessianObserver | ChannelObserver
+Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer, HessianObserver, ChannelObserver)
 _KEY = "qcompiler"
 
 
@@ -162,9 +179,9 @@ def annotate(node: Node, annotation: Annotation, *, replacing: Annotation | None
     node.meta[_KEY] = {**node.meta.get(_KEY, {}), kind: annotation}
 
 
-def observed(node: Node) -> Observer | HessianObserver | None:
+def observed(node: Node) -> AnyObserver | None:
     """What an `observe` node collects; None for any other node."""
-    return get(node, Observer) or get(node, HessianObserver)
+    return get(node, Observer) or get(node, HessianObserver) or get(node, ChannelObserver)
 
 
 def get_quant(node: Node) -> Quant | None:

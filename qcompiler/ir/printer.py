@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, Role, Scope, get, get_quant
+from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Observer, Role, Scope, get, get_quant
 from qcompiler.ir.fx import Node, op_name, value
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache
@@ -132,10 +132,10 @@ def _notes(node: Node) -> tuple[list[str], str]:
     if observer is not None:
         notes.append(f"{observer.kind} of {observer.purpose} for {observer.spec.short}  id={observer.id}")
         because = ", ".join(observer.because)
-    hessian = get(node, HessianObserver)
-    if hessian is not None:
-        notes.append(f"hessian  id={hessian.id}")
-        because = ", ".join(hessian.because)
+    collected = get(node, HessianObserver) or get(node, ChannelObserver)
+    if collected is not None:
+        notes.append(f"{collected.what}  id={collected.id}")
+        because = ", ".join(collected.because)
     if role is not None and role.structure is not None:
         notes.append(str(role.structure))
     if role is not None and role.fusion_group is not None:

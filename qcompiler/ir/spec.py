@@ -26,6 +26,7 @@ from qcompiler.ir.annotations import (
 )
 from qcompiler.ir.fx import Node, is_operator, is_tensor, op_name, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.observers import observers
 from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache, observe, quantized_linear
 from qcompiler.ir.printer import Printer
 from qcompiler.scheme import Scheme
@@ -208,14 +209,11 @@ def _statistics_observed(node: Node) -> str | None:
 
 
 def _hessian_observed(node: Node) -> str | None:
-    leaf, quant, source = get(node, Leaf), get_quant(node), tensor_arg(node, 0)
-    if leaf is None or quant is None or quant.scheme is None or quant.solver not in NEED_HESSIAN:
+    quant = get_quant(node)
+    if get(node, Leaf) is None or quant is None or quant.scheme is None or quant.solver not in NEED_HESSIAN:
         return None
-    while source is not None and source.target is observe:
-        observer = get(source, HessianObserver)
-        if observer is not None and leaf.path in observer.consumers:
-            return None
-        source = tensor_arg(source, 0)
+    if any(isinstance(observer, HessianObserver) for observer in observers(node)):
+        return None
     return f"solver {quant.solver} needs the Hessian of its inputs, and no observer before it collects one"
 
 

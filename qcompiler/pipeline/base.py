@@ -24,6 +24,7 @@ from qcompiler.report import Report
 
 if TYPE_CHECKING:
     from qcompiler.data.batches import TokenData
+    from qcompiler.runtime.channels import ChannelStatistic
     from qcompiler.runtime.hessian import HessianStatistic
     from qcompiler.runtime.statistics import Statistic
     from qcompiler.runtime.weights import LazyWeights
@@ -90,10 +91,11 @@ class Solved:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What observers collected in one partition, by id: ranges of activations, and Hessians for solvers."""
+    """What observers collected in one partition, by id: ranges of activations, Hessians, and what channels are like."""
 
-    ranges: Mapping[str, Statistic]
-    hessians: Mapping[str, HessianStatistic]
+    ranges: Mapping[str, Statistic] = field(default_factory=dict)
+    hessians: Mapping[str, HessianStatistic] = field(default_factory=dict)
+    channels: Mapping[str, ChannelStatistic] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -107,7 +109,7 @@ class PartitionWork:
 
     partition: Partition
     weights: LazyWeights
-    statistics: Statistics = field(default_factory=lambda: Statistics({}, {}))
+    statistics: Statistics = field(default_factory=Statistics)
     solved: dict[str, Solved] = field(default_factory=dict)
     caches: dict[Observer, Tensor] = field(default_factory=dict)
 

@@ -18,13 +18,23 @@ from torch import Tensor
 
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import DataError
-from qcompiler.ir.annotations import HessianObserver, Leaf, Observer, get, need, observed, scheme_of
+from qcompiler.ir.annotations import (
+    ChannelObserver,
+    HessianObserver,
+    Leaf,
+    Observer,
+    get,
+    need,
+    observed,
+    scheme_of,
+)
 from qcompiler.ir.fx import Node, ancestors
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.numerics import dequantize
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved, Statistics
+from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.memory import trim_memory
@@ -128,15 +138,17 @@ def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor]) -> 
     found = Statistics(
         ranges={o.id: Statistic(o) for o in watched.values() if isinstance(o, Observer)},
         hessians={o.id: HessianStatistic(o) for o in watched.values() if isinstance(o, HessianObserver)},
+        channels={o.id: ChannelStatistic(o) for o in watched.values() if isinstance(o, ChannelObserver)},
     )
+    by_id: dict[str, Statistic | HessianStatistic | ChannelStatistic] = {
+        **found.ranges,
+        **found.hessians,
+        **found.channels,
+    }
 
     def handler(mask: Tensor) -> Handler:
         def handle(node: Node, args: tuple[Any, ...]) -> Any:
-            observer = watched[node]
-            if isinstance(observer, HessianObserver):
-                found.hessians[observer.id].update(args[0], mask)
-            else:
-                found.ranges[observer.id].update(args[0], mask)
+            by_id[watched[node].id].update(args[0], mask)
             return args[0]
 
         return handle

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qcompiler.errors import DataError
 from qcompiler.ir.annotations import HessianObserver
+from qcompiler.runtime.tokens import not_finite, real_tokens, unreached
 
 _BLOCK = 512
 """Columns that are multiplied at once: only blocks on and right of the diagonal are computed, and mirrored at last."""
@@ -28,10 +28,7 @@ class HessianStatistic:
 
         Raises `DataError` on NaN or infinity.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        if not bool(mask.all()):
-            per_token = len(tokens) // mask.numel()  # more than one where a dimension stands between
-            tokens = tokens.reshape(mask.numel(), per_token, -1)[mask.flatten().to(x.device)].flatten(0, 1)
+        tokens = real_tokens(x, mask)
         if not len(tokens):
             return
         size = tokens.shape[1]
@@ -46,19 +43,23 @@ class HessianStatistic:
 
     def value(self) -> Tensor:
         """X^T X, float32 [I, I]. Raises `DataError` where no token came by, or where the inputs were not finite."""
-        who = ", ".join(self.observer.consumers)
-        if self._half is None:
-            raise DataError(
-                f"no calibration token reached {who}: its inputs are unknown",
-                hint="use more calibration data, or solver rtn for it",
-            )
-        if not bool(self._half.diagonal().isfinite().all()):
-            raise DataError(
-                f"NaN or infinite activations enter {who} during calibration",
-                hint="check the weights and the dtype: float16 overflows where bfloat16 does not",
-            )
-        upper = self._half.triu()
+        upper = self._checked().triu()
         return upper.add_(upper.triu(1).t())
+
+    def diagonal(self) -> Tensor:
+        """The sum of squares of each input, float32 [I]. Raises as `value` does."""
+        return self._checked().diagonal().clone()
+
+    def rescale(self, scale: Tensor) -> None:
+        """Become the statistic of X / s, as inputs are once a producer took in the scale s (float32 [I])."""
+        self._checked().div_(scale.unsqueeze(1)).div_(scale)
+
+    def _checked(self) -> Tensor:
+        if self._half is None:
+            raise unreached(self.observer.consumers, "use more calibration data, or solver rtn for it")
+        if not bool(self._half.diagonal().isfinite().all()):
+            raise not_finite(self.observer.consumers)
+        return self._half
 
 
 @contextmanager

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from passes.calibrate import Calibrate
 from qcompiler.errors import ConfigError, LegalityError
-from qcompiler.ir.annotations import HessianObserver, Observer, Quant, get, need, observed
+from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Observer, Quant, get, need, observed
 from qcompiler.ir.fx import Node, inputs
 from qcompiler.ir.graph import Graph
+from qcompiler.ir.observers import observers
 from qcompiler.ir.ops import observe
+from qcompiler.ir.printer import print_leaves
 from qcompiler.lowering.rewrite import lower_graph
+from qcompiler.pipeline import Context
+from qcompiler.report import Report
 from qcompiler.solvers.options import GptqOptions
+from qcompiler.source import ModelSource
 from tests.passes.models import assign, block, pipeline, recurrent, rule, run
 
 EVERYTHING = ["attention-input", "attention-output", "mlp-input", "mlp-output"]
@@ -69,6 +77,44 @@ def test_options_reach_the_annotation_and_others_do_not_change() -> None:
     assert (quant.solver, quant.options) == ("gptq", GptqOptions(damping=0.05, order="natural"))
 
 
+def channels(graph: Graph) -> dict[str, tuple[str, ...]]:
+    found = (get(node, ChannelObserver) for node in graph.nodes)
+    return {observer.id: observer.consumers for observer in found if observer is not None}
+
+
+def test_importance_is_measured_where_no_hessian_says_it() -> None:
+    rules = assign(solved("gptq", structure="mlp-input"), rule("W8A16", structure=["attention-output", "mlp-output"]))
+    passes = rules, {"legalize": {"target": "transformers"}}
+    graph = run(block(), *passes, {"insert-observers": {"importance": True}}).graph
+    assert list(hessians(graph)) == ["l0.mlp-input.hessian"]
+    assert list(channels(graph)) == ["l0.attention-output.channels", "l0.mlp-output.channels"]
+    assert not channels(run(block(), *passes, "insert-observers").graph)
+    assert "importance needs it" in print_leaves(graph)
+
+
+def test_a_tensor_whose_readers_differ_has_both_measured() -> None:
+    rules = assign(solved("gptq", {"weights": {"bits": 8}}, name="*fc1"), rule("W8A8", name="*_proj"))
+    graph = run("phi", rules, {"insert-observers": {"importance": True}}).graph
+    shared = [paths for id_, paths in channels(graph).items() if id_.startswith("l0.") and len(paths) == 3]
+    assert len(shared) == 1
+    for node, leaf in graph.linears():
+        kinds = [type(observer) for observer in observers(node)]
+        quantized = leaf.path.endswith(("fc1", "_proj"))
+        wanted = HessianObserver if leaf.path.endswith("fc1") else ChannelObserver
+        assert kinds == ([wanted] if quantized else []), leaf.path
+
+
+def test_importance_that_nothing_measures_is_refused_before_anything_runs() -> None:
+    graph = run(block(), assign(solved("gptq", structure="mlp-input"), rule("W8A16", structure="mlp-output"))).graph
+    graph = run(graph, "insert-observers").graph
+    context = Context(ModelSource(Path("no files"), graph.model.config, graph.model), Report())
+    with pytest.raises(
+        ConfigError, match=r"nothing measures those of model\.layers\.0\.mlp\.down_proj\n.*importance: true"
+    ):
+        Calibrate(scales="importance").begin(graph, context)
+    Calibrate(scales="mse").begin(graph, context)
+
+
 def test_lowering_removes_every_observer() -> None:
     graph = run(block(), assign(solved("gptq", "FP8")), "insert-observers").graph
     lower_graph(graph)
@@ -101,8 +147,6 @@ def test_a_module_of_several_partitions_is_refused_before_anything_runs() -> Non
 
 
 def test_printed_lines_say_what_is_collected() -> None:
-    from qcompiler.ir.printer import print_leaves
-
     lines = print_leaves(run(block(), assign(solved("gptq")), "insert-observers").graph).splitlines()
     (line,) = [line for line in lines if "id=l0.mlp-output.hessian" in line]
     assert line.endswith("hessian  id=l0.mlp-output.hessian  ; insert-observers: gptq needs it")
