@@ -67,7 +67,10 @@ def targets() -> str:
 def passes() -> str:
     project = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["entry-points"]["qcompiler.passes"]
-    assert set(declared) <= set(pass_names()), "pyproject.toml has passes that are not installed: install it again"
+    assert set(declared) <= set(pass_names()), (
+        "the entry points that are installed are older than pyproject.toml: copy them into entry_points.txt of "
+        "qcompiler.egg-info in this folder, or install again"
+    )
     return _indented(describe_passes() + "\n" + describe_pipelines())
 
 
