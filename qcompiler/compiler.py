@@ -27,6 +27,7 @@ from qcompiler.lowering.predict import predict
 from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pipeline
 from qcompiler.pipeline.base import Destination
 from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes
+from qcompiler.pipeline.registry import providers
 from qcompiler.report import Report, Timing
 from qcompiler.runtime.memory import trim_memory
 from qcompiler.source import ModelSource, TokenizerLike, open_model
@@ -98,7 +99,7 @@ def plan(
     """
     chosen = load_pipeline(pipeline)
     request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, show, _silent)
-    with _open(request) as source:
+    with _open(request, reads_weights=False) as source:
         if source.has_weights:
             source.check_weights()
         context, graph = _prepare(request, source)
@@ -144,7 +145,7 @@ def compile(
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
     progress = progress or _silent
     request = _Request(model, chosen, tokenizer, target, dtype, revision, trust_remote_code, show, progress)
-    with _open(request) as source:
+    with _open(request, reads_weights=True) as source:
         check_apart(destination.folder, source.folder)
         source.check_weights()
         context, graph = _prepare(request, source)
@@ -162,7 +163,7 @@ def _silent(what: str, done: int, total: int) -> None:
     return None
 
 
-def _open(request: _Request) -> ModelSource:
+def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     """The model, once the request is sound in itself: a model may have to be downloaded."""
     check_order(request.pipeline)
     if request.target is not None:
@@ -173,6 +174,7 @@ def _open(request: _Request) -> ModelSource:
         revision=request.revision,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,
+        reads_weights=reads_weights,
     )
 
 
@@ -193,12 +195,16 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
             f"nothing was checked against target {request.target}: pipeline {report.pipeline} has no legalize"
         )
     predict(graph, source, report)
+    if source.has_weights and (assumed := source.names.assumed):
+        report.info(
+            f"stored twice, and taken for equal, as the model ties them: {', '.join(assumed)} (compile compares them)"
+        )
     context.provenance = {
         "model": name,
         "dtype": str(source.dtype).removeprefix("torch."),
         "pipeline": print_pipeline(request.pipeline),
         "target": report.target,
-        "versions": _versions(),
+        "versions": _versions(request.pipeline),
     }
     return context, graph
 
@@ -282,11 +288,12 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _versions() -> dict[str, str]:
+def _versions(pipeline: Pipeline) -> dict[str, str]:
+    """Of what decides about the bytes that are written: the libraries, and the packages that bring passes."""
     found = {"python": platform.python_version()}
     for package in ("qcompiler", "torch", "transformers", "compressed-tensors", "safetensors", "datasets"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that is not installed
             found[package] = "unknown"
-    return found
+    return found | providers(type(item) for item in pipeline.flat())

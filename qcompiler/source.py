@@ -39,7 +39,8 @@ class ModelSource:
     """A causal language model: `model` lies on the meta device, `names` opens the weights when they are first needed.
 
     `folder` holds config, tokenizer and other small files. For a model that was handed over loaded it is a temporary
-    one, deleted by `close`, and `loaded` has the weights. Close it, or use it as a context manager.
+    one, deleted by `close`, and `loaded` has the weights. Close it, or use it as a context
+    manager. Without `reads_weights`, tied weights that the files hold twice are not compared.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class ModelSource:
     open_weights: Callable[[Path], TensorSource] = CheckpointReader.open
     loaded: PreTrainedModel | None = None
     staging: TemporaryDirectory[str] | None = None
+    reads_weights: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,7 +79,7 @@ class ModelSource:
     def names(self) -> NameMap:
         """Paths of the model against keys of the checkpoint. Raises `CheckpointError` where they do not agree."""
         if self.loaded is None:
-            return NameMap.build(self.model, self.reader)
+            return NameMap.build(self.model, self.reader, compare=self.reads_weights)
         return NameMap.of_loaded(self.model, self.reader, getattr(self.loaded, "_weight_conversions", None))
 
     @property
@@ -158,6 +160,7 @@ def open_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: str | torch.dtype = "auto",
+    reads_weights: bool = True,
 ) -> ModelSource:
     """Find a model (local folder, hub id, or loaded) and build it on the meta device. No weight is read.
 
@@ -175,7 +178,7 @@ def open_model(
     refuse(config)
     built = build_on_meta(config, dtype=_dtype(dtype, config, folder), trust_remote_code=trust_remote_code)
     refuse_built(built)
-    return ModelSource(folder, config, built, trust_remote_code)
+    return ModelSource(folder, config, built, trust_remote_code, reads_weights=reads_weights)
 
 
 def _open_loaded(model: Any, tokenizer: TokenizerLike | None, dtype: str) -> ModelSource:

@@ -48,9 +48,9 @@ class LoadedTensors:
         """A contiguous copy of the tensor, on the device where the model has it."""
         return self._values(key).clone(memory_format=torch.contiguous_format)
 
-    def first_bytes(self, key: str, count: int) -> bytes:
-        """The first `count` bytes of a tensor, or all it has."""
-        return self._bytes(key)[:count].cpu().numpy().tobytes()
+    def bytes_at(self, key: str, start: int, count: int) -> bytes:
+        """`count` bytes of a tensor from its byte `start` on, or as many as it has from there."""
+        return self._bytes(key)[start : start + count].cpu().numpy().tobytes()
 
     def copy_bytes(self, key: str, write: Callable[[bytes], object]) -> None:
         """Hand the tensor's bytes to `write`, a few MiB at a time."""

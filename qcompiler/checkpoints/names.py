@@ -41,6 +41,7 @@ class NameMap:
     unused: keys of the checkpoint that the model has no place for (Transformers ignores them too).
     absent: paths that no file holds and that Transformers knows to be absent: neither loaded nor written.
     aliases: tied paths that are not written, each with the path that is written for it.
+    assumed: tied paths that the checkpoint holds too, and that nobody compared.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class NameMap:
         absent: frozenset[str],
         unused: tuple[str, ...],
         transforms: Sequence[object],
+        assumed: tuple[str, ...] = (),
     ) -> None:
         self.unused = unused
         self.absent = absent
+        self.assumed = assumed
         self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases))
         self._model = model
         self._reader = reader
@@ -66,8 +69,10 @@ class NameMap:
         self._writes = self._plan_writing([path for path in self._specs if path not in left_out], transforms)
 
     @classmethod
-    def build(cls, model: PreTrainedModel, reader: TensorSource) -> Self:
+    def build(cls, model: PreTrainedModel, reader: TensorSource, *, compare: bool = True) -> Self:
         """Match a model (on any device, usually `meta`) with a checkpoint. No tensor is read but tied duplicates.
+
+        compare: whether those are read. Without, they are taken for equal, as the model says: `assumed`.
 
         Parameters are loaded in the dtype that they have in `model`, or float32 where Transformers insists on it.
         Names to write are what `save_pretrained` would write after loading this checkpoint.
@@ -78,13 +83,15 @@ class NameMap:
         conversions, unused = reading(reader.tensors, transforms, model)
         state = model.state_dict()
         reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
-        aliases, stand_ins = resolve_ties(tie_classes(model), reads, partial(_same, model, reader))
+        tied = tie_classes(model)
+        aliases, stand_ins = resolve_ties(tied, reads, partial(_same, model, reader) if compare else _taken_for_equal)
+        doubles = () if compare else tuple(path for path in aliases if path in reads)
         missing = frozenset(state.keys() - reads.keys() - stand_ins.keys())
         absent = absent_by_design(model, missing)
         if missing - absent:
             raise _missing(reader, sorted(missing - absent), unused)
         used = [t for t in transforms if t.was_used()]
-        return cls(model, reader, reads, stand_ins, aliases, absent, unused, used)
+        return cls(model, reader, reads, stand_ins, aliases, absent, unused, used, doubles)
 
     @classmethod
     def of_loaded(cls, model: PreTrainedModel, reader: TensorSource, transforms: Sequence[object] | None) -> Self:
@@ -295,6 +302,10 @@ def _same(model: PreTrainedModel, reader: TensorSource, a: Conversion, b: Conver
         return reader.same_bytes(a.sources[0], b.sources[0])
     left, right = (list(c.run({k: partial(reader.read, k) for k in c.sources}, model).values()) for c in (a, b))
     return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def _taken_for_equal(a: Conversion, b: Conversion) -> bool:
+    return True
 
 
 def _missing(reader: TensorSource, missing: Sequence[str], unused: Sequence[str]) -> CheckpointError:

@@ -101,6 +101,12 @@ class PartialFolder:
             self._lock = -1
 
     def _begin(self, fingerprint: Mapping[str, Any]) -> None:
+        ours = {self.content, self._old, self.root / "fingerprint.json", self.root / "fingerprint.draft"}
+        if foreign := sorted(path.name for path in self.root.iterdir() if path not in ours):
+            raise CheckpointError(
+                f"{self.root} is where this output is made, and holds {foreign[0]}, which no run left there",
+                hint="move that folder away, or choose another output",
+            )
         for path in self.root.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.content.mkdir()

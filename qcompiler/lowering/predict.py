@@ -58,9 +58,27 @@ def predict(graph: Graph, source: ModelSource, report: Report) -> None:
     quantized = {leaf.path: (node, leaf) for node, leaf in graph.linears() if scheme_of(node) is not None}
     report.total_bytes = dense + sum(_packed_bytes(node, leaf, source) for node, leaf in quantized.values())
     report.total_bytes += _cache_bytes(graph, source)
-    report.dense_total_bytes = sum(tensor_bytes(p.dtype, tuple(p.shape)) for p in source.model.parameters()) + sum(
-        tensor_bytes(b.dtype, tuple(b.shape)) for b in _persistent_buffers(source)
+    report.dense_total_bytes = _stored_bytes(source)
+
+
+def _stored_bytes(source: ModelSource) -> int:
+    """Bytes of the model as its files hold it, whatever dtype it is loaded in, tied weights once; without files, as
+    it would be written.
+    """
+    if source.has_weights:
+        names = source.names
+        paths = [path for path in source.model.state_dict() if path not in names.absent and path not in names.aliases]
+        return sum({meta.key: meta.nbytes for path in paths for meta in names.sources(path)}.values())
+    tensors = [*source.model.parameters(), *_persistent_buffers(source)]
+    return sum(tensor_bytes(tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+
+
+def _stored_size(leaf: Leaf, source: ModelSource) -> int:
+    """Bytes of one element of a leaf's weight as the files hold it; without files, as it would be written."""
+    stored = (
+        [path for path in _parameters(leaf, source) if path not in source.names.absent] if source.has_weights else []
     )
+    return source.names.sources(stored[0])[0].dtype.itemsize if stored else source.dtype.itemsize
 
 
 def _row(node: Node, leaf: Leaf, source: ModelSource, written: Set[str]) -> LayerRow:
@@ -80,7 +98,7 @@ def _row(node: Node, leaf: Leaf, source: ModelSource, written: Set[str]) -> Laye
         solver=quant.solver if quant and scheme else None,
         because=_because(leaf, quant),
         bytes=dense + packed,
-        dense_bytes=leaf.parameters * size,
+        dense_bytes=leaf.parameters * _stored_size(leaf, source),
         bits_per_weight=8 * packed / weights if scheme else 8 * size,
     )
 

@@ -68,11 +68,11 @@ class CompressedReader(CheckpointReader):
         """The tensors of a quantized module as they lie on disk, by their last name, which starts with `prefix`."""
         return {part: self._inner.read(meta.key) for part, meta in self._parts[name].items() if part.startswith(prefix)}
 
-    def first_bytes(self, key: str, count: int) -> bytes:
-        """The first bytes of a tensor as it lies on disk; of a quantized layer, those of its codes."""
+    def bytes_at(self, key: str, start: int, count: int) -> bytes:
+        """Bytes of a tensor as it lies on disk; of a quantized layer, those of its codes."""
         parts = self._parts.get(key.removesuffix(".weight"), {})
         meta = parts.get("weight_packed") or parts.get("weight")
-        return self._inner.first_bytes(meta.key if meta else key, count)
+        return self._inner.bytes_at(meta.key if meta else key, start, count)
 
     def copy_bytes(self, key: str, write: Callable[[bytes], object]) -> None:
         """Hand the bytes of an unquantized tensor to `write`."""

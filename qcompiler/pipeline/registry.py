@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Iterable, Iterator
+from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,6 +71,22 @@ def _load(point: EntryPoint) -> type[Pass]:
             f"{who}: its `name` is {found.name!r}, and must be the entry point's",
             hint="name the class and its entry point alike",
         )
+    return found
+
+
+def providers(classes: Iterable[type[Pass]]) -> dict[str, str]:
+    """Versions of the distributions that provide these passes; of a module of no distribution, `unknown`."""
+    found: dict[str, str] = {}
+    homeless: set[str] = set()
+    for cls in dict.fromkeys(classes):
+        point = next((p for p in entry_points(group=PASSES, name=cls.name) if p.dist and _load(p) is cls), None)
+        if point is not None and point.dist is not None:
+            found[point.dist.name] = point.dist.version
+        else:
+            homeless.add(cls.__module__.partition(".")[0])
+    homes = packages_distributions() if homeless else {}
+    for module in sorted(homeless):
+        found |= {name: version(name) for name in homes.get(module, ())} or {module: "unknown"}
     return found
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from qcompiler.checkpoints.header import DTYPES
 from qcompiler.checkpoints.hub import resolve_model
-from qcompiler.checkpoints.reader import CheckpointReader, holds_weights
+from qcompiler.checkpoints.reader import CheckpointReader, fingerprint, holds_weights
 from qcompiler.errors import CheckpointError
 
 SHARDS = {
@@ -93,7 +93,7 @@ def test_memory_does_not_grow_with_the_number_of_tensors_read(tmp_path: Path) ->
     code = """
 import sys
 from pathlib import Path
-from qcompiler.checkpoints.reader import CheckpointReader, holds_weights
+from qcompiler.checkpoints.reader import CheckpointReader
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10
 with CheckpointReader.open(Path(sys.argv[1])) as reader:
@@ -279,6 +279,21 @@ def test_only_what_holds_weights_counts_as_weights(name: str, holds: bool, tmp_p
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "none", "there is no such folder")
+
+
+@pytest.mark.parametrize("place", [0, 1024 * 300, 1024 * 512, 1024 * 1024 - 1])
+def test_a_fingerprint_samples_a_tensor_from_end_to_end(place: int, tmp_path: Path) -> None:
+    """A region of a tenth of a tensor that changes is seen, wherever it lies; where the file is, is not."""
+    values = torch.zeros(1024 * 1024, dtype=torch.uint8)
+    found = []
+    for name, changed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        copy = values.clone()
+        copy[max(0, place - 100_000) : place + 100_000] = changed
+        save_file({"x": copy, "empty": torch.zeros(0)}, tmp_path / name / "model.safetensors")
+        with CheckpointReader.open(tmp_path / name) as reader:
+            found.append(fingerprint(reader))
+    assert found[0] == found[1] != found[2]
 
 
 def test_an_unknown_key_is_an_error_with_near_names(tmp_path: Path) -> None:

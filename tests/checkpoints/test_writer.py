@@ -222,6 +222,15 @@ def test_a_partial_folder_says_what_it_is_made_from(tmp_path: Path, source: Path
     assert said == {**FINGERPRINT, "shards": 2}
 
 
+def test_a_folder_of_the_partial_folders_name_that_no_run_made_is_not_deleted(tmp_path: Path, source: Path) -> None:
+    file = tmp_path / ".out.partial" / "thesis.tex"
+    file.parent.mkdir()
+    file.write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds thesis\.tex, which no run left there"):
+        begin(tmp_path / "out", source)
+    assert file.read_text() == "years of work"
+
+
 def test_two_runs_do_not_write_one_output(tmp_path: Path, source: Path) -> None:
     with begin(tmp_path / "out", source) as writer:
         with pytest.raises(CheckpointError, match="another run is writing it"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -166,4 +167,6 @@ def test_what_a_pass_says_after_the_checkpoint_was_written_is_in_its_provenance(
 ) -> None:
     file = pipeline_file(tmp_path, ("  - lower\n", "  - lower\n  - inspect\n"))
     assert run("compile", model, "-p", file, "-o", results / "out").code == 0
-    assert b"inspected the lowered graph" in contents(results)["out/qcompiler.json"]
+    written = json.loads(contents(results)["out/qcompiler.json"])
+    assert "inspected the lowered graph" in [note["text"] for note in written["report"]["notes"]]
+    assert written["versions"]["others"] == "1.0", "the package of that pass"

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import qcompiler
+from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.report import LayerRow, Report
 from tests.compile.tiny import (
     ATTENTION,
@@ -103,15 +105,42 @@ def test_dense_rows_say_why_and_what_they_cost(tmp_path: Path) -> None:
     assert all(row.bytes == row.dense_bytes for row in rows(report, scheme=None))
 
 
-def test_a_plan_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcompiler.checkpoints.reader import CheckpointReader
+def unread(self: CheckpointReader, key: str, *rest: object) -> None:
+    raise AssertionError(f"{key} was read")
 
+
+def test_a_plan_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tmp_path / "source", "mixtral")
 
-    def refuse(self: CheckpointReader, key: str) -> None:
-        raise AssertionError(f"{key} was read")
-
-    monkeypatch.setattr(CheckpointReader, "read", refuse)
+    for reading in ("read", "bytes_at", "copy_bytes", "same_bytes"):
+        monkeypatch.setattr(CheckpointReader, reading, unread)
     report = qcompiler.plan(source, pipeline(rule(ATTENTION, "FP8"))).report
     assert report.total_bytes < report.dense_total_bytes
     assert all(row.error is None for row in report.layers)
+    assert not any("stored twice" in note.text for note in report.notes)
+
+
+def test_a_plan_takes_stored_duplicates_of_tied_weights_for_equal_unread_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "source", "llama", layers=1, tie_word_embeddings=True)
+    tensors = stored(source)
+    assert "lm_head.weight" not in tensors
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    chosen = pipeline(rule(ATTENTION, INT4_ASYM))
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointReader, "same_bytes", unread)
+        planned = qcompiler.plan(source, chosen).report
+    assert any("stored twice, and taken for equal" in n.text and "lm_head.weight" in n.text for n in planned.notes)
+    result = qcompiler.compile(source, pipeline=chosen, output=tmp_path / "output")
+    assert result.report.total_bytes == planned.total_bytes == total(result.output)
+    assert not any("stored twice" in note.text for note in result.report.notes)
+
+
+def test_savings_are_counted_against_the_files_whatever_the_dtype(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama", layers=1)
+    chosen = pipeline(rule(ATTENTION, "FP8_DYNAMIC"))
+    narrow, wide = (qcompiler.plan(source, chosen, dtype=dtype).report for dtype in ("bfloat16", "float32"))
+    assert narrow.dense_total_bytes == wide.dense_total_bytes == total(source)
+    assert narrow.total_bytes < wide.total_bytes
+    assert [row.dense_bytes for row in narrow.layers] == [row.dense_bytes for row in wide.layers]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from qcompiler.errors import ConfigError
 from qcompiler.pipeline import load_pipeline, parse_pipeline, print_pipeline
 from qcompiler.pipeline.describe import describe_passes, describe_pipelines
-from qcompiler.pipeline.registry import packaged_pipelines, pass_class, pass_classes, pass_names
+from qcompiler.pipeline.registry import packaged_pipelines, pass_class, pass_classes, pass_names, providers
 from tests.pipeline.conftest import Install
 
 GOOD = '''
@@ -47,6 +48,16 @@ def test_a_package_adds_a_pass(install: Install) -> None:
     assert pipeline.passes == (pass_class("twist")(how="right"),)  # type: ignore[call-arg]
     assert parse_pipeline(print_pipeline(pipeline)) == pipeline
     assert "twist  (annotated)\n  Twist every linear.\n    how: left | right = left\n" in describe_passes()
+
+
+def test_the_versions_of_what_provides_passes_are_known(install: Install) -> None:
+    install("twister", {"twister.py": GOOD}, passes={"twist": "twister:Twist"})
+    assert providers([pass_class("twist"), pass_class("lower")]) == {
+        "twister": "1.0",
+        "qcompiler": version("qcompiler"),
+    }
+    loose = type("Loose", (pass_class("twist"),), {"__module__": "somewhere.inside"})
+    assert providers([loose]) == {"somewhere": "unknown"}, "it has the name of a pass that is installed, and is another"
 
 
 def test_a_new_pass_is_among_the_near_names(install: Install) -> None:
