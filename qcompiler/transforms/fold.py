@@ -1,0 +1,37 @@
+"""Move a scale from a producer to its consumers, in their weights."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+
+from qcompiler.patterns.rescaling import RescaleSite
+from qcompiler.transforms.norms import divided
+
+
+def fold(site: RescaleSite, scale: Tensor, weights: MutableMapping[str, Tensor]) -> None:
+    """Divide the features of the site's tensor by `scale` float32 [I], and multiply the consumers' columns by it.
+
+    `weights` holds the parameters of producer and consumers by path; they are replaced, not written to. Each is
+    computed in float32 (float64 where it has that dtype) and rounded once to its dtype. Raises `ValueError` for a scale
+    of the wrong shape, one that is not positive and finite, or one that differs between features that share a channel.
+    """
+    features = site.channels.numel()
+    if scale.shape != (features,):
+        raise ValueError(f"{site.id}: a scale of shape {tuple(scale.shape)} for {features} features")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{site.id}: scales must be positive and finite")
+    channels = site.channels.to(scale.device)
+    for gain in site.gains:
+        parameter = weights[gain.name]
+        rows = torch.ones(parameter.shape[0], dtype=scale.dtype, device=scale.device)
+        rows[channels] = scale
+        if not torch.equal(rows[channels], scale):
+            raise ValueError(f"{site.id}: features that grow with one channel of {gain.name} have different scales")
+        weights[gain.name] = divided(parameter, rows, gain.offset).to(parameter.dtype)
+    for name in site.weights:
+        weight = weights[name]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weights[name] = (wide * scale.to(wide)).to(weight.dtype)
