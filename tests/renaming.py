@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,7 +43,10 @@ class Renaming:
 
 
 def renamed(graph: Graph, *, seed: int) -> Graph:
-    """A copy of `graph` under other names, its roles found anew. Its model is a bare tree of modules."""
+    """A copy of `graph` under other names, its roles found anew.
+
+    Its model is a bare tree of modules and their parameters. Modules that the graph calls keep their class.
+    """
     names = Renaming(seed)
     new = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
@@ -52,7 +56,8 @@ def renamed(graph: Graph, *, seed: int) -> Graph:
         if node.op in ("get_attr", "call_module"):
             copy.target = names.path(str(node.target))
         copy.meta["qcompiler"] = {type(fact): fact for fact in _facts(names, node)}
-    result = Graph(new, cast(PreTrainedModel, _tree(graph.model, names)))
+    constants = {names.path(name): constant for name, constant in graph.constants.items()}
+    result = Graph(new, cast(PreTrainedModel, _tree(graph, names)), constants=constants)
     annotate_roles(result)
     return result
 
@@ -64,10 +69,18 @@ def _facts(names: Renaming, node: fx.Node) -> Iterator[Leaf | Scope]:
         yield Scope(tuple((names.key(key), names.path(path)) for key, path in scope.calls))
 
 
-def _tree(model: nn.Module, names: Renaming) -> nn.Module:
+def _tree(graph: Graph, names: Renaming) -> nn.Module:
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
     made: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        made[path] = nn.ModuleList() if isinstance(module, nn.ModuleList) else nn.Module()
+    for path, module in graph.model.named_modules(remove_duplicate=False):
+        if path in called:
+            made[path] = copy.copy(module)
+            made[path]._modules = {}
+        else:
+            made[path] = nn.ModuleList() if isinstance(module, nn.ModuleList) else nn.Module()
+            made[path]._parameters = {
+                names.path(f"{path}.{name}").rpartition(".")[2]: p for name, p in module._parameters.items()
+            }
         if path:
             made[path.rpartition(".")[0]]._modules[names.path(path).rpartition(".")[2]] = made[path]
     return made[""]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.ir.annotations import Leaf, LeafKind, get
-from qcompiler.ir.fx import Node, inputs, is_op, is_tensor, last_dim, map_nodes, op_name, tensor_arg, value
+from qcompiler.ir.fx import Node, inputs, is_op, is_tensor, last_dim, map_nodes, op_name, value
 from qcompiler.ir.graph import Graph
 from qcompiler.patterns.vocabulary import LAYOUT, MATMUL, SDPA
 
@@ -118,7 +118,7 @@ class _Walk:
 
     def _read(self, node: Node, leaf: Leaf) -> None:
         if leaf.kind not in _READERS:
-            return self._hold(node, f"is a {leaf.kind} and cannot undo a scale")
+            return self._hold(node, "takes no scale")
         if any(_any(self._labels(other)) for other in inputs(node) if other is not node.args[0]):
             return self._hold(node, "takes it for a weight")
         rows = self._labels(node.args[0]).flatten(0, -2)
@@ -133,8 +133,9 @@ class _Walk:
         held = labels or [part for arg in inputs(node) for part in _tensors(self._labels(arg))]
         if not any(bool(part.any()) for part in held):
             return
-        what = f" ({op_name(node)})" if node.op == "call_function" else ""
-        self.held[f"%{node.name}{what} {why}"] = None
+        leaf = get(node, Leaf)
+        what = leaf.kind if leaf else op_name(node) if node.op == "call_function" else node.op
+        self.held[f"%{node.name} ({what}) {why}"] = None
         for part in held:
             self.fixed[part] = True
         self.fixed[0] = False
@@ -213,7 +214,7 @@ class _Walk:
         first, second = self._operands(node)
         apart = first != second
         if bool(apart.any()):
-            self._hold(node, "adds what does not grow with it", first[apart], second[apart])
+            self._hold(node, "adds to it what is not scaled", first[apart], second[apart])
         return first.masked_fill(apart, 0)
 
     def _contract(self, node: Node) -> Any:
@@ -228,9 +229,9 @@ class _Walk:
 
     def _attend(self, node: Node) -> Any:
         """Attention as one operation is linear in its values, [B, H, T, D], and sums over T."""
-        others = [arg for arg in inputs(node) if arg is not tensor_arg(node, 2)]
-        if any(_any(self._labels(arg)) for arg in others) or tensor_arg(node, 2) in node.args[:2]:
-            return self._hold(node, "is linear in its values only")
+        others = [self._labels(arg) for arg in (*node.args[:2], *node.args[3:]) if isinstance(arg, Node)]
+        if _any(others):
+            self._hold(node, "is linear in its values only", *others)
         values = self._labels(node.args[2])
         kept = values[..., :1, :]
         if not bool((kept == values).all()):

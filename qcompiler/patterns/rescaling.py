@@ -53,8 +53,9 @@ class RescaleSite:
 def rescale_sites(graph: Graph) -> tuple[tuple[RescaleSite, ...], tuple[NearMiss, ...]]:
     """Every site of a captured graph, one per tensor, in the order in which their consumers run; and near misses.
 
-    A near miss is anchored at a linear whose input cannot be rescaled, and says why for the nearest producers of that
-    input. Its parts: there is a producer (1 held), whose channels reach linears alone (2), and all may be written.
+    A near miss is anchored at a linear (or a block of experts) whose input cannot be rescaled, and says why for the
+    nearest producers of that input. Its parts: there is a producer (1 held), whose channels reach linears alone (2),
+    and all their weights may be changed.
     """
     facts = _Facts.of(graph)
     tried = {node: _try(graph, facts, node) for node, leaf in graph.leaves() if leaf.kind in _PRODUCERS}
@@ -64,7 +65,8 @@ def rescale_sites(graph: Graph) -> tuple[tuple[RescaleSite, ...], tuple[NearMiss
         assert attempt.site is not None
         sites.setdefault(attempt.site.tensor, attempt.site)  # of a product's factors, the one without an activation
     rescaled = {node for site in sites.values() for node in site.consumers}
-    misses = [_miss(node, tried) for node, _ in graph.linears() if node not in rescaled]
+    readers = [node for node, leaf in graph.leaves() if leaf.is_linear or leaf.kind is LeafKind.EXPERTS]
+    misses = [_miss(node, tried) for node in readers if node not in rescaled]
     return tuple(sorted(sites.values(), key=lambda site: site.consumers[0])), tuple(misses)
 
 
@@ -86,7 +88,7 @@ def _try(graph: Graph, facts: _Facts, producer: Node) -> _Attempt:
     if leaf.kind is LeafKind.CONV1D:
         return _Attempt(None, "it is a conv1d, which no loader reads quantized")
     flow = follow(graph, producer)
-    why = "; ".join(flow.held)
+    why = ", and ".join(flow.held[:_SHOWN])
     if not flow.readers:
         return _Attempt(None, why or "no linear reads it")
     consumers = tuple(sorted(flow.readers))
@@ -119,7 +121,7 @@ def _try(graph: Graph, facts: _Facts, producer: Node) -> _Attempt:
         gains=gains,
         weights=weights,
     )
-    return _Attempt(site, why, activated=flow.activated)
+    return _Attempt(site, f"its scale goes to {_listed(consumers)}", activated=flow.activated)
 
 
 def _gains(graph: Graph, producer: Node, leaf: Leaf) -> tuple[Gain, ...] | str:

@@ -46,8 +46,11 @@ def norm_gains(norm: nn.Module, path: str, channels: int) -> tuple[Gain, ...] | 
         return "its parameters are not one number per channel"
     generator = torch.Generator().manual_seed(0)
     *weights, scale = (torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5 for _ in (*names, ""))
-    states = torch.randn(_TOKENS, channels, generator=generator, dtype=torch.float64)
-    wanted = _run(norm, dict(zip(names, weights, strict=True)), states) / scale
+    states = torch.randn(1, _TOKENS, channels, generator=generator, dtype=torch.float64)
+    try:
+        wanted = _run(norm, dict(zip(names, weights, strict=True)), states) / scale
+    except Exception as error:  # a model's own code, which may need a device or a dtype that this is not
+        return f"it cannot be run by itself on the CPU: {type(error).__name__}"
     for offsets in product((0.0, 1.0), repeat=len(names)):
         trial = {n: divided(w, scale, o) for n, w, o in zip(names, weights, offsets, strict=True)}
         if torch.allclose(_run(norm, trial, states), wanted, rtol=_TOLERANCE, atol=_TOLERANCE):

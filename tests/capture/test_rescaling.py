@@ -1,0 +1,122 @@
+"""Over the zoo: where scales can move, that it is the same under any names, and that moving them changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompiler.ir.annotations import Leaf, LeafKind, Role, need
+from qcompiler.ir.graph import Graph
+from qcompiler.patterns.language import NearMiss
+from qcompiler.patterns.rescaling import RescaleSite, rescale_sites
+from qcompiler.transforms.fold import fold
+from tests.capture.conftest import DECODERS, Member
+from tests.renaming import renamed
+
+Sites = tuple[tuple[RescaleSite, ...], tuple[NearMiss, ...]]
+
+
+@pytest.fixture(scope="session")
+def sites(member: Member) -> Sites:
+    """The sites and near misses of a member of the zoo."""
+    return rescale_sites(member.captured)
+
+
+SPLIT = {
+    "input_layernorm -> q_proj k_proj v_proj",
+    "v_proj -> o_proj",
+    "post_attention_layernorm -> gate_proj up_proj",
+    "up_proj -> down_proj",
+}
+GROUPED = (SPLIT - {"v_proj -> o_proj"}) | {"v_proj => o_proj"}
+SANDWICH = (SPLIT - {"post_attention_layernorm -> gate_proj up_proj"}) | {
+    "pre_feedforward_layernorm -> gate_proj up_proj"
+}
+PARALLEL = {"input_layernorm -> q_proj k_proj v_proj gate_proj up_proj", "v_proj -> o_proj", "up_proj -> down_proj"}
+LATENT = {
+    "input_layernorm -> q_a_proj kv_a_proj_with_mqa",
+    "q_a_layernorm -> q_b_proj",
+    "kv_a_layernorm -> kv_b_proj",
+    "kv_b_proj -> o_proj",
+    "up_proj -> down_proj",
+}
+DENSE = "post_attention_layernorm -> gate_proj up_proj"
+
+EXPECTED: dict[str, tuple[set[str], ...]] = {}
+"""The sites of each kind of layer of a family; `=>` where features share a channel (grouped queries)."""
+
+
+def words(site: RescaleSite) -> str:
+    producer, *consumers = (need(n, Leaf).path.rpartition(".")[2] for n in (site.producer, *site.consumers))
+    return f"{producer} {'=>' if site.tied else '->'} {' '.join(consumers)}"
+
+
+def layers(sites: tuple[RescaleSite, ...]) -> list[set[str]]:
+    """The sites of each kind of layer, each kind once, in order."""
+    found: dict[int, set[str]] = defaultdict(set)
+    for site in sites:
+        layer = need(site.producer, Role).layer
+        if layer is not None:
+            found[layer].add(words(site))
+    kinds: list[set[str]] = []
+    for index in sorted(found):
+        if found[index] not in kinds:
+            kinds.append(found[index])
+    return kinds
+
+
+def test_layers_of_known_families_have_their_sites(member: Member, sites: Sites) -> None:
+    if member.model_type in EXPECTED:
+        assert layers(sites[0]) == list(EXPECTED[member.model_type])
+
+
+def test_known_families_are_in_the_zoo() -> None:
+    assert set(EXPECTED) <= set(DECODERS)
+
+
+def test_every_linear_is_rescaled_or_says_why_not(member: Member, sites: Sites) -> None:
+    found, misses = sites
+    rescaled = [node for site in found for node in site.consumers]
+    assert len(set(rescaled)) == len(rescaled)
+    linears = {n for n, leaf in member.captured.leaves() if leaf.is_linear or leaf.kind is LeafKind.EXPERTS}
+    assert linears - set(rescaled) == {miss.anchor for miss in misses}
+    assert all(miss.why for miss in misses)
+
+
+def summary(graph: Graph, sites: Sites) -> list[tuple[object, ...]]:
+    """What sites and near misses say, names aside."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found = [
+        (
+            *(s.id, s.kind, s.channels.tolist(), [gain.offset for gain in s.gains]),
+            [order[node] for node in (s.producer, *s.consumers, s.tensor)],
+        )
+        for s in sites[0]
+    ]
+    return [*found, *((order[miss.anchor], miss.held) for miss in sites[1])]
+
+
+def test_sites_are_the_same_under_any_names(member: Member, sites: Sites) -> None:
+    other = renamed(member.captured, seed=2)
+    assert summary(other, rescale_sites(other)) == summary(member.captured, sites)
+
+
+def test_folding_every_site_at_once_changes_no_logit(member: Member, sites: Sites) -> None:
+    twin = copy.deepcopy(member.twin).double()
+    twin.set_experts_implementation("eager")  # the other ways have no float64
+    ids = torch.randint(3, twin.config.vocab_size - 1, (2, 7), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, Tensor] = {name: p.data for name, p in twin.named_parameters(remove_duplicate=False)}
+    with torch.no_grad():
+        before = twin(input_ids=ids, use_cache=False).logits
+        for site in sites[0]:
+            scale = torch.rand(int(site.channels.max()) + 1, generator=generator) * 3.5 + 0.25
+            fold(site, scale[site.channels], weights)
+        for name, parameter in twin.named_parameters(remove_duplicate=False):
+            parameter.data = weights[name]
+        after = twin(input_ids=ids, use_cache=False).logits
+    assert (after - before).abs().max() < 1e-5 * before.std()  # norms and rotary compute in float32
