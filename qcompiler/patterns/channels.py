@@ -68,6 +68,9 @@ def follow(graph: Graph, producer: Node) -> Flow:
         # What passed before it was found to be held elsewhere must not have passed: again, with that known.
 
 
+_UNKNOWN_SIZE = "has a size that depends on data"
+
+
 class _UnknownSizeError(Exception):
     """A dimension depends on data: its size at capture is not known."""
 
@@ -85,7 +88,10 @@ class _Walk:
 
     def run(self, producer: Node) -> None:
         labels = torch.arange(1, self.fixed.numel())
-        self.values[producer] = self._free(labels.expand(_shape(producer)))
+        try:
+            self.values[producer] = self._free(labels.expand(_shape(producer)))
+        except _UnknownSizeError:
+            return self._hold(producer, _UNKNOWN_SIZE, labels)
         todo = sorted(producer.users)
         seen: set[Node] = set()
         while todo and not bool(self.fixed[1:].all()):
@@ -96,7 +102,7 @@ class _Walk:
             try:
                 found = self._step(node)
             except _UnknownSizeError:
-                self._hold(node, "has a size that depends on data")
+                self._hold(node, _UNKNOWN_SIZE)
                 continue
             if found is not None and _any(found):
                 self.values[node] = found
@@ -130,7 +136,7 @@ class _Walk:
 
     def _hold(self, node: Node, why: str, *labels: Tensor) -> None:
         """Channels in `labels` (in all that the node reads, where none are given) cannot be scaled."""
-        held = labels or [part for arg in inputs(node) for part in _tensors(self._labels(arg))]
+        held = labels or [part for arg in inputs(node) if arg in self.values for part in _tensors(self._of(arg))]
         if not any(bool(part.any()) for part in held):
             return
         leaf = get(node, Leaf)

@@ -32,9 +32,11 @@ SPLIT = {
     "post_attention_layernorm -> gate_proj up_proj",
     "up_proj -> down_proj",
 }
-GROUPED = (SPLIT - {"v_proj -> o_proj"}) | {"v_proj => o_proj"}
-SANDWICH = (SPLIT - {"post_attention_layernorm -> gate_proj up_proj"}) | {
-    "pre_feedforward_layernorm -> gate_proj up_proj"
+SANDWICH = {
+    "input_layernorm -> q_proj k_proj v_proj",
+    "v_proj => o_proj",
+    "pre_feedforward_layernorm -> gate_proj up_proj",
+    "up_proj -> down_proj",
 }
 PARALLEL = {"input_layernorm -> q_proj k_proj v_proj gate_proj up_proj", "v_proj -> o_proj", "up_proj -> down_proj"}
 LATENT = {
@@ -44,9 +46,47 @@ LATENT = {
     "kv_b_proj -> o_proj",
     "up_proj -> down_proj",
 }
+GATED = {"input_layernorm -> q_proj k_proj v_proj gate_proj", "v_proj -> o_proj", "up_proj -> down_proj"}
 DENSE = "post_attention_layernorm -> gate_proj up_proj"
 
-EXPECTED: dict[str, tuple[set[str], ...]] = {}
+EXPECTED: dict[str, tuple[set[str], ...]] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma"), (SPLIT,)),
+    **dict.fromkeys(("gemma2", "gemma3_text"), (SANDWICH,)),
+    **dict.fromkeys(("cohere", "cohere2"), (PARALLEL,)),
+    "mixtral": ({"input_layernorm -> q_proj k_proj v_proj", "v_proj => o_proj"},),  # experts read the other norm
+    "deepseek_v2": (LATENT,),
+    "deepseek_v3": (LATENT | {DENSE}, LATENT),  # first dense, then shared and routed experts
+    "afmoe": (GATED | {"pre_mlp_layernorm -> gate_proj up_proj"}, GATED),
+    "olmo": ({"v_proj -> o_proj", "up_proj -> down_proj"},),  # its norms have no weights
+    "olmo2": ({"v_proj -> o_proj", "up_proj -> down_proj"},),  # its norms come last, before the residual
+    "opt": (
+        {
+            "self_attn_layer_norm -> q_proj k_proj v_proj",
+            "v_proj -> out_proj",
+            "final_layer_norm -> fc1",
+            "fc1 -> fc2",
+        },
+    ),
+    "phi": ({"input_layernorm -> q_proj k_proj v_proj fc1", "v_proj -> dense"},),
+    "phi3": (
+        {
+            "input_layernorm -> qkv_proj",
+            "qkv_proj -> o_proj",
+            "post_attention_layernorm -> gate_up_proj",
+            "gate_up_proj -> down_proj",
+        },
+    ),
+    "gpt_neox": (
+        {
+            "input_layernorm -> query_key_value",
+            "query_key_value -> dense",
+            "post_attention_layernorm -> dense_h_to_4h",
+        },
+    ),
+    "falcon": ({"input_layernorm -> query_key_value dense_h_to_4h", "query_key_value => dense"},),
+    "dbrx": ({"norm_1 -> Wqkv"},),  # queries, keys and values are clamped
+    "gpt2": (),
+}
 """The sites of each kind of layer of a family; `=>` where features share a channel (grouped queries)."""
 
 
@@ -105,8 +145,13 @@ def test_sites_are_the_same_under_any_names(member: Member, sites: Sites) -> Non
     assert summary(other, rescale_sites(other)) == summary(member.captured, sites)
 
 
+FLOAT32_ONLY = ("xglm",)
+"""Members whose own code cannot run in float64."""
+
+
 def test_folding_every_site_at_once_changes_no_logit(member: Member, sites: Sites) -> None:
-    twin = copy.deepcopy(member.twin).double()
+    narrow = member.model_type in FLOAT32_ONLY
+    twin = copy.deepcopy(member.twin).to(torch.float32 if narrow else torch.float64)
     twin.set_experts_implementation("eager")  # the other ways have no float64
     ids = torch.randint(3, twin.config.vocab_size - 1, (2, 7), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
@@ -119,4 +164,5 @@ def test_folding_every_site_at_once_changes_no_logit(member: Member, sites: Site
         for name, parameter in twin.named_parameters(remove_duplicate=False):
             parameter.data = weights[name]
         after = twin(input_ids=ids, use_cache=False).logits
-    assert (after - before).abs().max() < 1e-5 * before.std()  # norms and rotary compute in float32
+    rounding = 1e-3 if narrow else 1e-5  # many norms compute in float32 whatever they are given
+    assert (after - before).abs().max() < rounding * before.std()
