@@ -91,7 +91,8 @@ class _Walk:
         try:
             self.values[producer] = self._free(labels.expand(_shape(producer)))
         except _UnknownSizeError:
-            return self._hold(producer, _UNKNOWN_SIZE, labels)
+            self._hold(producer, _UNKNOWN_SIZE, labels)
+            return
         todo = sorted(producer.users)
         seen: set[Node] = set()
         while todo and not bool(self.fixed[1:].all()):

@@ -103,24 +103,20 @@ def _try(graph: Graph, facts: _Facts, producer: Node) -> _Attempt:
     gains = _gains(graph, producer, leaf)
     if isinstance(gains, str):
         return _Attempt(None, gains, held=2)
-    weights = tuple(_weight(node) or "" for node in consumers)
-    why_not = facts.unwritable(producer, tuple(gain.name for gain in gains)) or next(
-        (no for node, name in zip(consumers, weights, strict=True) if (no := facts.unwritable(node, (name,)))), None
-    )
-    if why_not is None and any(facts.place[node] != facts.place[producer] for node in consumers):
-        why_not = f"{_listed(consumers)} run in another partition"
-    if why_not is not None:
-        return _Attempt(None, why_not, held=2)
+    group = need(first, Role).input_group
+    assert group is not None, f"%{first.name} is a linear without an input group"
     site = RescaleSite(
-        id=need(first, Role).input_group or "",
+        id=group,
         kind=f"{_word(producer)} -> {', '.join(dict.fromkeys(_word(node) for node in consumers))}",
         producer=producer,
         consumers=consumers,
         tensor=source(first),
         channels=rows - 1,
         gains=gains,
-        weights=weights,
+        weights=tuple(_weight(node) for node in consumers),
     )
+    if obstacle := facts.obstacle(site):
+        return _Attempt(None, obstacle, held=2)
     return _Attempt(site, f"its scale goes to {_listed(consumers)}", activated=flow.activated)
 
 
@@ -130,8 +126,8 @@ def _gains(graph: Graph, producer: Node, leaf: Leaf) -> tuple[Gain, ...] | str:
     return tuple(Gain(f"{leaf.path}.{name}") for name in ("weight", "bias")[: 1 + leaf.bias])
 
 
-def _weight(node: Node) -> str | None:
-    """The name of a linear's weight, where the linear is the only one to read it."""
+def _weight(node: Node) -> str:
+    """The name of a linear's weight."""
     leaf = need(node, Leaf)
     if leaf.kind is not LeafKind.BARE_LINEAR:
         return f"{leaf.path}.weight"
@@ -167,7 +163,17 @@ class _Facts:
             place={node: index for index, part in enumerate(partitions(graph)) for node in part.nodes},
         )
 
-    def unwritable(self, node: Node, names: Iterable[str]) -> str | None:
+    def obstacle(self, site: RescaleSite) -> str | None:
+        """Why the scale of a site cannot be written into the weights, or None."""
+        writes = [(site.producer, [gain.name for gain in site.gains])]
+        writes += [(node, [name]) for node, name in zip(site.consumers, site.weights, strict=True)]
+        if fixed := [why for node, names in writes if (why := self._fixed(node, names))]:
+            return fixed[0]
+        if any(self.place[node] != self.place[site.producer] for node in site.consumers):
+            return f"{_listed(site.consumers)} run in another partition"
+        return None
+
+    def _fixed(self, node: Node, names: Iterable[str]) -> str | None:
         """Why these parameters of a leaf cannot be changed for this call alone, or None."""
         leaf = need(node, Leaf)
         if self.calls.get(leaf.path, 0) > 1:
@@ -184,17 +190,18 @@ class _Facts:
 
 
 def _readers(node: Node) -> int:
-    """How many nodes read a tensor, as it is or cast."""
+    """How many nodes read a tensor, as it is or cast to another dtype."""
     return sum(_readers(user) if is_op(user, *CASTS) else 1 for user in node.users)
 
 
 def _miss(linear: Node, tried: Mapping[Node, _Attempt]) -> NearMiss:
     reached = ancestors(linear.all_input_nodes[:1], stop=lambda node: get(node, Leaf) is not None)
-    nearest = sorted((node for node in reached if node in tried), reverse=True)[:_SHOWN]
-    if not nearest:
+    producers = sorted((node for node in reached if node in tried), reverse=True)
+    if not producers:
         return NearMiss(linear, 0, "its input comes from no norm and no linear")
-    whys = [f"{need(node, Leaf).path}: {tried[node].why}" for node in nearest]
-    return NearMiss(linear, max(tried[node].held for node in nearest), "; ".join(whys))
+    held = max(tried[node].held for node in producers)
+    nearest = [node for node in producers if tried[node].held == held][:_SHOWN]
+    return NearMiss(linear, held, "; ".join(f"{need(node, Leaf).path}: {tried[node].why}" for node in nearest))
 
 
 def _listed(nodes: Iterable[Node]) -> str:
