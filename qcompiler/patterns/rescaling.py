@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.ir.annotations import Leaf, LeafKind, Role, get, need
-from qcompiler.ir.fx import Node, ancestors, is_op, last_dim, tensor_arg
+from qcompiler.ir.fx import Node, is_op, last_dim, tensor_arg
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
 from qcompiler.patterns.channels import CASTS, follow
@@ -195,13 +195,24 @@ def _readers(node: Node) -> int:
 
 
 def _miss(linear: Node, tried: Mapping[Node, _Attempt]) -> NearMiss:
-    reached = ancestors(linear.all_input_nodes[:1], stop=lambda node: get(node, Leaf) is not None)
-    producers = sorted((node for node in reached if node in tried), reverse=True)
+    producers = sorted((node for node in _leaves_behind(linear) if node in tried), reverse=True)
     if not producers:
         return NearMiss(linear, 0, "its input comes from no norm and no linear")
     held = max(tried[node].held for node in producers)
     nearest = [node for node in producers if tried[node].held == held][:_SHOWN]
     return NearMiss(linear, held, "; ".join(f"{need(node, Leaf).path}: {tried[node].why}" for node in nearest))
+
+
+def _leaves_behind(linear: Node) -> set[Node]:
+    """The leaves that what a linear reads is made of, with no other leaf between."""
+    seen: set[Node] = set()
+    todo = linear.all_input_nodes[:1]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [] if get(node, Leaf) else node.all_input_nodes
+    return {node for node in seen if get(node, Leaf)}
 
 
 def _listed(nodes: Iterable[Node]) -> str:
