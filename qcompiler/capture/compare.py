@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qcompiler.capture.graph import capture_graph
-from qcompiler.capture.twin import build_twin
+from qcompiler.capture.twin import build_twin, shrink
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.fx import op_name
@@ -57,13 +58,16 @@ def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None
 
     The twin is captured in the same way, has two layers of every kind that was traced once and copied, and must show
     every kind of partition that the graph has. Then its graph and its eager forward pass must agree to the last bit.
-    Raises `CaptureError` otherwise.
+    Where the model is as small as its twin, its own graph must. Raises `CaptureError` otherwise.
     """
     if graph.model.device.type != "meta":
         return compare_logits(graph, graph.model)
-    twin = build_twin(
-        graph.model.config, layers=_depth(graph), dtype=graph.model.dtype, trust_remote_code=trust_remote_code
-    )
+    config = graph.model.config
+    build = partial(build_twin, config, dtype=graph.model.dtype, trust_remote_code=trust_remote_code)
+    layers = graph.layer_count or None
+    if shrink(config, layers=layers).to_dict() == config.to_dict():
+        return compare_logits(graph, build(layers=layers))
+    twin = build(layers=_depth(graph))
     bare = build_on_meta(twin.config, dtype=twin.dtype, trust_remote_code=trust_remote_code)
     twin_graph = capture_graph(bare, repeat=bool(graph.like))
     shown = {_kind(part) for part in partitions(twin_graph)}

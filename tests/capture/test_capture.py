@@ -183,6 +183,16 @@ def test_a_loaded_model_is_compared_itself() -> None:
         compare_with_eager(graph)
 
 
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_model_as_small_as_its_twin_is_compared_itself(layers: int) -> None:
+    graph = capture_graph(on_meta("llama", layers=layers))
+    compare_with_eager(graph)
+    activation = next(node for node in graph.nodes if op_name(node) == "aten.silu")
+    activation.target = torch.ops.aten.relu.default
+    with pytest.raises(NotTheModelError):
+        compare_with_eager(graph)
+
+
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
     with pytest.raises(CaptureError, match="is not causal"):
         capture_and_prove(on_meta("bert", is_decoder=False))
