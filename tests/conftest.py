@@ -18,6 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what the tests got")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `pytest -n`, `--dist loadgroup` keeps the tests of one model in one process, where it is captured once."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+            model = params.get("member", params.get("model_type"))
+            if isinstance(model, str):
+                item.add_marker(pytest.mark.xdist_group(model))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tensors this small are slower on several threads, and much slower beside other workers."""
