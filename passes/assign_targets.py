@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qcompiler import select
 from qcompiler.emit.groups import Claims, TargetGroups, TargetText, first_target
+from qcompiler.emit.mappings import TransformSites
 from qcompiler.emit.patterns import TargetList
 from qcompiler.errors import RuleError, did_you_mean
 from qcompiler.expressions import REGEX_PREFIX
@@ -55,12 +56,19 @@ class TargetGroup(BaseModel):
 
 
 class Assignment(BaseModel):
-    """Groups of targets, in order, and what is left out of them."""
+    """Groups of targets, in order, and what is left out of them. `transform_sites`: where their transforms apply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     groups: tuple[TargetGroup, ...] = ()
     ignore: tuple[TargetText, ...] = ()
+    transform_sites: TransformSites | None = None
+
+    def rescaled(self, graph: Graph) -> Container[Node]:
+        """The linears to which transforms apply; see `TransformSites.consumers`."""
+        if self.transform_sites is None or not any(group.transform for group in self.groups):
+            return [node for node, _ in graph.linears()]
+        return self.transform_sites.consumers(graph)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class AssignTargets(GraphPass):
         told: dict[_Note, dict[str, None]] = {}
         ignore = TargetList(assignment.ignore)
         groups = TargetGroups([group.targets for group in assignment.groups])
+        rescaled = assignment.rescaled(graph)
         for node, leaf in graph.leaves():
             ignored = first_target(ignore, leaf)
             if ignored is not None:
@@ -107,14 +116,16 @@ class AssignTargets(GraphPass):
                 continue
             claims = groups.claims(leaf) if leaf.kind is not LeafKind.NORM else None
             if claims is not None:
-                for note in self._decide(node, leaf, assignment.groups, claims):
+                for note in self._decide(node, leaf, assignment.groups, claims, node in rescaled):
                     told.setdefault(note, {})[leaf.path] = None
         for note, paths in told.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             text = f"{self.name}: {note.before}{next(iter(paths))}{more}{note.after}"
             (context.report.warning if note.kind == "warning" else context.report.fallback)(text)
 
-    def _decide(self, node: Node, leaf: Leaf, groups: Sequence[TargetGroup], claims: Claims) -> Iterator[_Note]:
+    def _decide(
+        self, node: Node, leaf: Leaf, groups: Sequence[TargetGroup], claims: Claims, rescaled: bool
+    ) -> Iterator[_Note]:
         """Give a linear what its group says."""
         group, target = groups[claims.first.group], claims.first.target
         if not leaf.is_linear:
@@ -127,7 +138,8 @@ class AssignTargets(GraphPass):
             because = (*because, f"over {present.because[0]}")
             if present.scheme is not None:
                 yield _Note("warning", f"{target} decides on ", f", over {present.because[0]}")
-        set_quant(node, group.quant(because), replacing=present)
+        quant = group.quant(because)
+        set_quant(node, quant if rescaled else replace(quant, transform=None), replacing=present)
 
     def _set_cache(self, graph: Graph) -> None:
         if self.kv_cache is None:
@@ -171,10 +183,13 @@ def _idle(assignment: Assignment, graph: Graph) -> Iterator[str]:
             instead = f" (only {met[0].kind}: {met[0].path})" if met else ""
             near = _near_misses(target, linears, graph.layer_count)
             yield f"target {target} matches no linear{instead}; {near}"
-    for target in assignment.ignore:
+    sites = assignment.transform_sites or TransformSites()
+    said = [("ignore", target) for target in (*assignment.ignore, *sites.ignore)]
+    said += [("mapping", target) for m in sites.mappings or () for target in (m.producer, *m.consumers)]
+    for what, target in dict.fromkeys(said):
         if not any(first_target(TargetList([target]), leaf) for _, leaf in leaves):
             near = _near_misses(target, [node for node, _ in leaves], graph.layer_count)
-            yield f"ignore {target} matches nothing; {near}"
+            yield f"{what} {target} matches nothing; {near}"
 
 
 def _near_misses(target: str, nodes: Sequence[Node], layer_count: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,16 @@ class _Group:
 class _Assignment:
     groups: list[_Group]
     ignore: tuple[str, ...]
-    smoothing: Mapping[str, Any] | None
+    sites: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Transform:
-    """A transform that waits for the modifiers that quantize after it."""
+    """A transform that waits for the modifiers that quantize after it, and the sites where it applies."""
 
     written: Written
     options: Any
-    smoothing: Mapping[str, Any] | None
+    sites: Mapping[str, Any] | None
 
 
 @dataclass(slots=True)
@@ -138,34 +138,31 @@ class _Translation:
         for key in ("num_calibration_steps", "calibration_function"):
             if getattr(modifier, key) is not None:
                 self.notes.append(f"{written.name}: {key} has no effect: --samples says how much data is run")
-        strength = modifier.smoothing_strength
-        pairs = None
+        # Without mappings the tool smooths behind norms, in all the architectures that it knows.
+        sites: dict[str, Any] = {"norms": True}
         if modifier.mappings is not None:
-            for index, (_, smooth) in enumerate(modifier.mappings):
-                if len(smooth) != 1:
-                    raise ConfigError(
-                        f"{written.place.at('mappings', index, 1)}: one layer is smoothed, not {len(smooth)}",
-                        hint="write one mapping for each",
-                    )
-            pairs = [{"producer": smooth[0], "consumers": list(balance)} for balance, smooth in modifier.mappings]
-        self._await({"smoothquant": {"strength": strength}}, pairs, modifier.ignore or (), written)
+            sites = {"mappings": [_mapping(balance, smooth, written) for balance, smooth in modifier.mappings]}
+        if modifier.ignore:
+            sites["ignore"] = list(modifier.ignore)
+        self._await(_Transform(written, {"smoothquant": {"strength": modifier.smoothing_strength}}, sites))
 
     def _rescale(self, modifier: Awq, written: Written) -> None:
         options = {"awq": {"grid": modifier.n_grid, "duo_scaling": modifier.duo_scaling}}
-        pairs = None
+        sites = None
         if modifier.mappings is not None:
-            pairs = [{"producer": m.smooth_layer, "consumers": list(m.balance_layers)} for m in modifier.mappings]
+            sites = {"mappings": [_mapping(m.balance_layers, (m.smooth_layer,), written) for m in modifier.mappings]}
+        transform = _Transform(written, options, sites)
         if not modifier.says_something:
-            self._await(options, pairs, (), written)
-            return
-        if self.transform is not None:
+            self._await(transform)
+        elif self.transform is not None:
             raise _two_transforms(self.transform.written, written)
-        self._quantize(modifier, written, _Transform(written, options, _smoothing(pairs, ())))
+        else:
+            self._quantize(modifier, written, transform)
 
-    def _await(self, options: Any, pairs: Any, ignore: tuple[str, ...], written: Written) -> None:
+    def _await(self, transform: _Transform) -> None:
         if self.transform is not None:
-            raise _two_transforms(self.transform.written, written)
-        self.transform = _Transform(written, options, _smoothing(pairs, ignore))
+            raise _two_transforms(self.transform.written, transform.written)
+        self.transform = transform
 
     def _solve_what_is_there(self, modifier: Gptq, written: Written) -> None:
         """A GPTQModifier that says no scheme rounds what the modifiers before it gave one."""
@@ -187,8 +184,8 @@ class _Translation:
             groups = [replace(group, transform=transform.options) for group in groups]
             self.transform_used |= transform is self.transform and any(group.scheme for group in groups)
         if groups:
-            smoothing = transform.smoothing if transform else None
-            self.assignments.append(_Assignment(groups, modifier.ignore or (), smoothing))
+            sites = transform.sites if transform else None
+            self.assignments.append(_Assignment(groups, modifier.ignore or (), sites))
         if modifier.kv_cache_scheme is not None:
             self._cache(modifier, place)
         if modifier.bypass_divisibility_checks:
@@ -300,7 +297,7 @@ class _Translation:
         assignments = [
             {"groups": [group.plain() for group in assignment.groups]}
             | ({"ignore": list(assignment.ignore)} if assignment.ignore else {})
-            | ({"smoothing": assignment.smoothing} if assignment.smoothing else {})
+            | ({"transform_sites": assignment.sites} if assignment.sites else {})
             for assignment in self.assignments
         ]
         said = {
@@ -312,11 +309,13 @@ class _Translation:
         return {key: value for key, value in said.items() if value}
 
 
-def _smoothing(pairs: list[dict[str, Any]] | None, ignore: tuple[str, ...]) -> Mapping[str, Any] | None:
-    if pairs or ignore:
-        raise ConfigError("mappings and ignores of transforms cannot be honoured yet", hint="leave them out")
-    said = ({} if pairs is None else {"pairs": pairs}) | ({"ignore": list(ignore)} if ignore else {})
-    return said or None
+def _mapping(consumers: Sequence[str], producer: Sequence[str], written: Written) -> dict[str, Any]:
+    if len(producer) != 1:
+        raise ConfigError(
+            f"{written.place.at('mappings')}: one layer is smoothed, not {', '.join(producer) or 'none'}",
+            hint="write one mapping for each",
+        )
+    return {"producer": producer[0], "consumers": list(consumers)}
 
 
 def _two_transforms(first: Written, second: Written) -> ConfigError:

@@ -49,6 +49,28 @@ quant_stage:
       targets: ["Linear"]
       duo_scaling: both
 """,
+    "awq-mappings": """
+quant_stage:
+  quant_modifiers:
+    AWQModifier:
+      mappings:
+        - smooth_layer: re:.*input_layernorm
+          balance_layers: ["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]
+        - smooth_layer: re:.*up_proj
+          balance_layers: ["re:.*down_proj"]
+    QuantizationModifier: {scheme: W4A16_ASYM, targets: [Linear], ignore: [lm_head]}
+""",
+    "smoothquant-mappings": """
+quant_stage:
+    quant_modifiers:
+        SmoothQuantModifier:
+            smoothing_strength: 0.9
+            mappings:
+                - [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]
+                - [["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"]
+            ignore: ["re:.*post_attention_layernorm", "re:.*(gate|up)_proj"]
+        GPTQModifier: {scheme: W8A8, targets: Linear, ignore: [lm_head]}
+""",
     "awq-then-quantize": """
 default_stage:
   default_modifiers:
@@ -176,12 +198,19 @@ quant_stage:
     "json": '{"quant_stage": {"quant_modifiers": {"QuantizationModifier": {"scheme": "MXFP4", "ignore": "lm_head"}}}}',
 }
 
+BEHIND_NORMS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
 INT4, INT8, W8A8 = "w:int4/g128", "w:int8/g128", "w:int8/channel a:int8/token"
 
 BECOMES: dict[str, dict[str, str]] = {
     "w4a16-gptq": dict.fromkeys(BLOCK, f"{INT4} gptq"),
-    "w8a8-smoothquant-gptq": dict.fromkeys(BLOCK, f"{W8A8} smoothquant+gptq"),
+    "w8a8-smoothquant-gptq": dict.fromkeys(BLOCK, f"{W8A8} gptq")
+    | dict.fromkeys(BEHIND_NORMS, f"{W8A8} smoothquant+gptq"),
     "awq-asym": dict.fromkeys(BLOCK, f"{INT4}/asym awq"),
+    "awq-mappings": dict.fromkeys(BLOCK, f"{INT4}/asym rtn")
+    | dict.fromkeys(("q_proj", "k_proj", "v_proj", "down_proj"), f"{INT4}/asym awq"),
+    "smoothquant-mappings": dict.fromkeys(BLOCK, f"{W8A8} gptq")
+    | dict.fromkeys(("q_proj", "k_proj", "v_proj"), f"{W8A8} smoothquant+gptq"),
     "awq-then-quantize": dict.fromkeys(BLOCK, f"{INT4} awq"),
     "fp8-dynamic": dict.fromkeys(BLOCK, "w:fp8/channel a:fp8/token rtn"),
     "fp8-static-kv-cache": dict.fromkeys(BLOCK, "w:fp8/tensor a:fp8/tensor rtn"),
@@ -189,11 +218,11 @@ BECOMES: dict[str, dict[str, str]] = {
     "overlapping-groups": dict.fromkeys(ATTENTION, f"{W8A8} gptq") | dict.fromkeys(MLP, f"{INT4}/asym gptq"),
     "presets-by-target": dict.fromkeys(ATTENTION, "w:fp8/channel a:fp8/token rtn") | dict.fromkeys(MLP, f"{INT4} rtn"),
     "two-modifiers": dict.fromkeys(ATTENTION, f"{W8A8} gptq") | dict.fromkeys(MLP, f"{INT4} gptq"),
-    "two-stages": dict.fromkeys(BLOCK, f"{W8A8} smoothquant"),
+    "two-stages": dict.fromkeys(BLOCK, f"{W8A8} rtn") | dict.fromkeys(BEHIND_NORMS, f"{W8A8} smoothquant"),
     "quantize-then-gptq": dict.fromkeys(BLOCK, f"{INT4} gptq"),
     "kv-cache-alone": {},
     "flat": dict.fromkeys(BLOCK, f"{INT4} gptq"),
-    "list": dict.fromkeys(BLOCK, f"{W8A8} smoothquant+gptq"),
+    "list": dict.fromkeys(BLOCK, f"{W8A8} gptq") | dict.fromkeys(BEHIND_NORMS, f"{W8A8} smoothquant+gptq"),
     "group-alone": dict.fromkeys(BLOCK, "w:fp8/b128x128 a:fp8/g128/dynamic rtn"),
     "json": dict.fromkeys(BLOCK, "w:mxfp4 a:mxfp4 rtn"),
 }

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 
 from qcompiler.emit.schema import scheme_dict
 from qcompiler.ir.annotations import get_quant
+from qcompiler.ir.graph import Graph
 from qcompiler.pipeline import Pipeline, load_pipeline, parse_pipeline, print_pipeline
 from qcompiler.pipeline.pipeline import pass_options
 from qcompiler.scheme import PRESETS
@@ -37,10 +38,10 @@ def groups(text: str) -> list[dict[str, Any]]:
     return [group for said in options(text, "assign-targets")["assignments"] for group in said["groups"]]
 
 
-def planned(text: str, target: str = "transformers") -> Run:
-    """What planning a Llama of one layer by a recipe gives."""
+def planned(text: str, target: str = "transformers", model: Graph | str | None = None) -> Run:
+    """What planning a model, a Llama of one layer if not said, by a recipe gives."""
     items = [{item.name: pass_options(item)} for item in translated(text).flat()]
-    return run(block(), *items[:3], target=target)
+    return run(model or block(), *items[:3], target=target)
 
 
 def chosen(done: Run) -> dict[str, str]:
@@ -180,6 +181,13 @@ def test_transforms_have_the_tool_s_defaults() -> None:
     assert smooth["transform"] == "smoothquant"
     (other,) = groups(recipe("AWQModifier", scheme="W4A16", duo_scaling=False, n_grid=12))
     assert other["transform"] == {"awq": {"grid": 12, "duo_scaling": False}}
+
+
+def test_smoothing_without_mappings_is_behind_norms_and_awq_wherever_a_scale_can_move() -> None:
+    (smooth,) = options(CORPUS["list"], "assign-targets")["assignments"]
+    assert smooth["transform_sites"] == {"norms": True}
+    (awq,) = options(CORPUS["awq-asym"], "assign-targets")["assignments"]
+    assert "transform_sites" not in awq
 
 
 def test_several_modifiers_are_assignments_of_one_calibrated_run() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from qcompiler.errors import ConfigError
+from qcompiler.errors import ConfigError, RuleError
 from qcompiler.pipeline import parse_pipeline
-from tests.recipes.test_recipes import recipe
+from tests.recipes.test_recipes import chosen, planned, recipe
 
 INT4 = {"num_bits": 4, "group_size": 128}
 
@@ -123,6 +123,8 @@ def test_a_modifier_without_a_counterpart_is_refused_with_the_reason(name: str, 
             "smoothing_strength: Input should be less than or equal to 1",
         ),
         ("SmoothQuantModifier", {"mappings": [["re:.*q_proj"]]}, "mappings[0]"),
+        ("SmoothQuantModifier", {"mappings": [[["a"], ["b", "c"]]]}, "mappings: one layer is smoothed, not b, c"),
+        ("AWQModifier", {"mappings": [{"smooth_layer": "re:("}]}, "smooth_layer: target 're:(' is not a regular"),
     ],
     ids=str,
 )
@@ -147,6 +149,39 @@ def test_an_argument_that_cannot_be_honoured_is_refused_where_it_stands(name: st
 )
 def test_modifiers_that_do_not_go_together_are_refused(modifiers: Any, says: str) -> None:
     assert says in refusal(yaml.safe_dump(modifiers)).message
+
+
+def mapped(smooth: str, balance: str) -> str:
+    return recipe("AWQModifier", scheme="W4A16", mappings=[{"smooth_layer": smooth, "balance_layers": [balance]}])
+
+
+def test_a_mapping_from_another_producer_than_the_graph_s_is_refused() -> None:
+    with pytest.raises(RuleError) as raised:
+        planned(mapped("re:.*input_layernorm", "re:.*gate_proj"))
+    assert raised.value.message == (
+        "mapping re:.*input_layernorm -> re:.*gate_proj: model.layers.0.mlp.gate_proj reads what "
+        "model.layers.0.post_attention_layernorm gives"
+    )
+    assert raised.value.hint
+
+
+def test_a_mapping_into_which_no_scale_can_move_is_refused_with_what_is_nearest() -> None:
+    with pytest.raises(RuleError) as raised:
+        planned(mapped("re:.*fc1", "re:.*fc2"), model="phi")
+    said = (
+        "mapping re:.*fc1 -> re:.*fc2: the input of model.layers.0.mlp.fc2 cannot be rescaled; model.layers.0.mlp.fc1: "
+    )
+    assert raised.value.message.startswith(said)
+
+
+def test_a_mapping_that_matches_nothing_is_a_warning() -> None:
+    done = planned(mapped("re:.*input_layernrom", "re:.*qkv_proj"))
+    found = [text for kind, text in done.notes if kind == "warning"]
+    assert [text.partition(";")[0] for text in found] == [
+        "assign-targets: mapping re:.*input_layernrom matches nothing",
+        "assign-targets: mapping re:.*qkv_proj matches nothing",
+    ]
+    assert set(chosen(done).values()) == {"w:int4/g128 rtn"}
 
 
 @pytest.mark.parametrize(
