@@ -27,7 +27,7 @@ from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.observers import unobserved
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
-from qcompiler.ir.spec import needs_statistics
+from qcompiler.ir.rules.observers import needs_statistics
 from qcompiler.patterns.cache import cached_tensors
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass

@@ -14,7 +14,8 @@ from qcompiler.ir.spec import SPECS, verify
 from qcompiler.lowering.rewrite import lower_graph
 from tests.conftest import Golden
 from tests.ir.graphs import legal
-from tests.ir.violations import CASES, Case, linears_of_one_input_are_observed_apart
+from tests.ir.violations import CASES, Case
+from tests.ir.violations.observers import linears_of_one_input_are_observed_apart
 from tests.passes.models import assign, copied, rule, run
 
 

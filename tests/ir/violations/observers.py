@@ -1,0 +1,142 @@
+"""Edits that break the rules of observers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, annotate, need
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.ops import observe
+from qcompiler.scheme import QuantSpec, Strategy
+from tests.ir.graphs import again, insert, leaf, observers, op, reobserve, requant
+from tests.ir.violations.case import ACTIVATION, DOWN, GATE, LAYER, NORM, OUT, K, Q, breaks
+
+
+@breaks(
+    "has-disk-form",
+    "a Conv1D has no form in a checkpoint: run legalize before this pass",
+    module=f"(module {DOWN})",
+)
+def a_conv1d_has_a_scheme(graph: Graph) -> fx.Node:
+    node = leaf(graph, DOWN)
+    annotate(node, replace(need(node, Leaf), kind=LeafKind.CONV1D), replacing=need(node, Leaf))
+    return node
+
+
+@breaks("observe-annotated", "an observe node does not say what it collects", module=f"(in module {GATE})")
+def an_observer_collects_nothing(graph: Graph) -> fx.Node:
+    gate = leaf(graph, GATE)
+    return insert(graph, observe, gate.args[0], like=gate)
+
+
+@breaks("observe-annotated", "an Observer annotation stands on a node that observes nothing", module=ACTIVATION)
+def an_activation_claims_to_observe(graph: Graph) -> fx.Node:
+    return reobserve(op(graph, "silu"), replace(need(observers(graph, "input")[0], Observer), id="test"))
+
+
+@breaks("observe-reads-tensor", "it observes something that is no tensor", module=f"(in module {Q})")
+def a_size_is_observed(graph: Graph) -> fx.Node:
+    size = next(node for node in graph.nodes if node.name.startswith("sym_size"))
+    node = insert(graph, observe, size, like=leaf(graph, Q))
+    return reobserve(node, replace(need(observers(graph, "input")[0], Observer), id="test"))
+
+
+NOT_OBSERVED = "its input scale must be measured on data, and no observer stands before it"
+
+
+@breaks("statistics-observed", NOT_OBSERVED, module=f"(module {OUT})")
+def a_static_input_is_not_observed(graph: Graph) -> fx.Node:
+    node = leaf(graph, OUT)
+    node.args = (node.args[0].args[0],)
+    return node
+
+
+@breaks("statistics-observed", NOT_OBSERVED, module=f"(module {OUT})")
+def an_observer_works_for_others(graph: Graph) -> fx.Node:
+    node = leaf(graph, OUT)
+    before = need(node.args[0], Observer)
+    reobserve(node.args[0], replace(before, consumers=(DOWN,)))
+    return node
+
+
+@breaks(
+    "statistics-observed",
+    "its input is fp8/tensor, but the observer before it measures int8/tensor",
+    module=f"(module {OUT})",
+)
+def an_observer_measures_for_other_numbers(graph: Graph) -> fx.Node:
+    node = leaf(graph, OUT)
+    before = need(node.args[0], Observer)
+    reobserve(node.args[0], replace(before, spec=QuantSpec(bits=8, strategy=Strategy.TENSOR)))
+    return node
+
+
+@breaks(
+    "observer-shared",
+    f"it reads the same tensor as {Q}, but their scales come from two statistics: "
+    "alone and l0.attention-input.fp8/tensor",
+    module=f"(module {K})",
+)
+def linears_of_one_input_are_observed_apart(graph: Graph) -> fx.Node:
+    node = leaf(graph, K)
+    shared = node.args[0]
+    node.args = (insert(graph, observe, shared.args[0], like=node),)
+    reobserve(node.args[0], replace(need(shared, Observer), id="alone"))
+    return node
+
+
+@breaks(
+    "observer-shared",
+    f"it is another call of {OUT}, but their scales come from two statistics: alone and l0.attention-output.fp8/tensor",
+    module=f"(module {OUT})",
+)
+def calls_of_one_module_are_observed_apart(graph: Graph) -> fx.Node:
+    first = leaf(graph, OUT)
+    node = again(graph, first)
+    annotate(node, replace(need(node, Role), input_group="test"), replacing=need(node, Role))
+    node.args = (insert(graph, observe, leaf(graph, NORM), like=node),)
+    reobserve(node.args[0], replace(need(first.args[0], Observer), id="alone"))
+    return node
+
+
+@breaks(
+    "observer-consistent",
+    "two different observers share the id 'l0.attention-input.fp8/tensor'",
+    module=f"(in module {OUT})",
+)
+def one_statistic_is_taken_in_two_ways(graph: Graph) -> fx.Node:
+    first, second = observers(graph, "input")[:2]
+    taken = need(first, Observer).id
+    return reobserve(second, replace(need(second, Observer), id=taken, kind="percentile"))
+
+
+@breaks("cache-observed", "the KV cache is quantized, but no keys and values are observed", module="")
+def a_quantized_cache_is_not_observed(graph: Graph) -> fx.Node:
+    for node in (*observers(graph, "key"), *observers(graph, "value")):
+        node.replace_all_uses_with(node.args[0])
+        graph.fx.erase_node(node)
+    return graph.nodes[-1]
+
+
+@breaks(
+    "cache-observed",
+    f"of {LAYER}.self_attn, the key is observed alone: a cache needs a scale for keys and one for values",
+    module=f"(in module {LAYER}.self_attn)",
+)
+def keys_are_observed_without_values(graph: Graph) -> fx.Node:
+    value = observers(graph, "value")[0]
+    value.replace_all_uses_with(value.args[0])
+    graph.fx.erase_node(value)
+    return observers(graph, "key")[0]
+
+
+@breaks(
+    "hessian-observed",
+    "solver gptq needs the Hessian of its inputs, and no observer before it collects one",
+    module=f"(module {DOWN})",
+)
+def a_solver_has_no_hessian(graph: Graph) -> fx.Node:
+    node = leaf(graph, DOWN)
+    return requant(node, replace(need(node, Quant), solver="gptq"))
