@@ -184,3 +184,9 @@ def test_no_module_takes_the_place_of_a_function_of_the_api() -> None:
     assert qcompiler.load_pipeline("int4-int8").name == "int4-int8"
     assert all(isinstance(getattr(qcompiler, name), FunctionType) for name in functions)
     assert all(isinstance(getattr(qcompiler, name), type) for name in set(qcompiler.__all__) - set(functions))
+
+
+@pytest.mark.parametrize("folder", ["qcompiler", "passes", "tests", "tools"])
+def test_no_module_is_too_long_to_read(folder: str) -> None:
+    lines = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in files(folder)}
+    assert {name: count for name, count in lines.items() if count > 400} == {}, "split it by subject"
