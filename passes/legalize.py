@@ -14,6 +14,7 @@ from qcompiler.emit.sites import Site
 from qcompiler.errors import ConfigError, LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, scheme_of, set_quant
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.lowering.rehearse import rehearse
 from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
@@ -72,10 +73,10 @@ class Legalize(GraphPass):
                 hint="add a rule to assign",
             )
         self._check_names(graph, context)
-        self._prove(graph, everything, target, context)
-        self._say_of_transformers(graph, everything, target, context)
+        emitted = self._prove(graph, everything, target, context)
+        self._try_transformers(graph, everything, emitted, target, context)
 
-    def _prove(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
+    def _prove(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> EmittedConfig:
         """Build the config for every loader, or for those that agree with the target's own: who does not is said."""
         build = partial(
             build_quantization_config,
@@ -89,6 +90,7 @@ class Legalize(GraphPass):
             emitted = self._prove_for_some(build, target.loader, context)
         graph.loaders = emitted.loaders
         context.report.config_summary = emitted.summary
+        return emitted
 
     def _prove_for_some(self, build: Callable[..., EmittedConfig], own: str, context: Context) -> EmittedConfig:
         try:
@@ -104,12 +106,27 @@ class Legalize(GraphPass):
                 context.report.fallback(f"the config is not one for {other}: {error.message}")
         return emitted
 
-    def _say_of_transformers(self, graph: Graph, everything: list[Site], target: Target, context: Context) -> None:
+    def _try_transformers(
+        self, graph: Graph, everything: list[Site], emitted: EmittedConfig, target: Target, context: Context
+    ) -> None:
         """Transformers is what a checkpoint is verified with, so who compiles for another runtime wants to know."""
-        if target.loader != "transformers":
-            violations = check(load_target("transformers"), everything, kv_cache=graph.kv_cache)
-            if violations:
-                context.report.info(f"Transformers cannot verify this checkpoint: {violations[0].message}")
+        own = target.loader == "transformers"
+        violations = [] if own else check(load_target("transformers"), everything, kv_cache=graph.kv_cache)
+        if violations:
+            context.report.info(f"Transformers cannot verify this checkpoint: {violations[0].message}")
+        if violations or not context.source.has_weights:
+            return
+        rehearsal = rehearse(graph, context.source, emitted.config)
+        if rehearsal.unknown is not None:
+            context.report.fallback(f"whether Transformers loads this was not rehearsed: {rehearsal.unknown}")
+        if rehearsal.refused is not None and own:
+            raise LegalityError(
+                f"{target.name} cannot load what was assigned, though every scheme is legal: {rehearsal.refused}",
+                hint="choose another format (FP8 and INT8 keep a tensor `weight`, packed weights do not), leave these "
+                "layers dense, or compile for another --target",
+            )
+        if rehearsal.refused is not None:
+            context.report.info(f"Transformers cannot verify this checkpoint: {rehearsal.refused}")
 
     def _has_conv1d(self, graph: Graph) -> bool:
         return any(leaf.kind is LeafKind.CONV1D for _, leaf in graph.linears())

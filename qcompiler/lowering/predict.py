@@ -6,14 +6,16 @@ from collections.abc import Iterable, Set
 
 from torch import Tensor
 
-from qcompiler.formats import layout
+from qcompiler.formats import cache_scale, layout
 from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, get, get_quant, need, scheme_of
 from qcompiler.ir.fx import Node, value
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.sites import LISTED
+from qcompiler.patterns.cache import cached_tensors
 from qcompiler.report import LayerRow, Report
+from qcompiler.scheme import KVCacheSpec
 from qcompiler.source import ModelSource
-from qcompiler.tensors import tensor_bytes
+from qcompiler.tensors import Spec, tensor_bytes
 
 
 def quantized_paths(graph: Graph) -> dict[str, Node]:
@@ -35,6 +37,25 @@ def written_paths(graph: Graph, source: ModelSource) -> list[str]:
             kept.append(path)
         seen.add(id(tensor))
     return kept
+
+
+def disk_prefix(path: str, source: ModelSource) -> str:
+    """Where a quantized module's tensors go. An embedding's tied head gets a name of its own, as it is tied no more."""
+    weight = f"{path}.weight"
+    name = weight if weight in source.names.aliases else source.names.disk_name(weight)
+    assert name is not None, f"legalize let {path} pass without a name on disk"
+    return name.removesuffix(".weight")
+
+
+def written_specs(graph: Graph, source: ModelSource) -> dict[str, Spec]:
+    """Key, dtype and shape of every tensor that an annotated graph will be written as."""
+    specs = dict(source.names.dense_specs(written_paths(graph, source)))
+    for path, node in quantized_paths(graph).items():
+        prefix, leaf, scheme = disk_prefix(path.removesuffix(".weight"), source), need(node, Leaf), scheme_of(node)
+        assert scheme is not None
+        for name, spec in layout(scheme, leaf.out_features, leaf.in_features, source.dtype).items():
+            specs[f"{prefix}.{name}"] = spec
+    return specs if graph.kv_cache is None else specs | _cache_specs(graph, graph.kv_cache, source)
 
 
 def dense_bytes(paths: Iterable[str], source: ModelSource) -> int:
@@ -133,6 +154,14 @@ def _packed_bytes(node: Node, leaf: Leaf, source: ModelSource) -> int:
     assert scheme is not None
     tensors = layout(scheme, leaf.out_features, leaf.in_features, source.dtype)
     return sum(tensor_bytes(*spec) for spec in tensors.values())
+
+
+def _cache_specs(graph: Graph, spec: KVCacheSpec, source: ModelSource) -> dict[str, Spec]:
+    specs: dict[str, Spec] = {}
+    for cached in cached_tensors(graph):
+        shape = (int(value(cached.node).shape[1]), 1, 1) if spec.strategy == "attn_head" else (1,)
+        specs[f"{source.names.disk_module(cached.path)}.{cache_scale(cached.part)}"] = (source.dtype, shape)
+    return specs
 
 
 def _cache_bytes(graph: Graph, source: ModelSource) -> int:

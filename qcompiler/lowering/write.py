@@ -16,7 +16,7 @@ from qcompiler.formats import cache_scale, pack
 from qcompiler.ir.annotations import Leaf, get, scheme_of
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
-from qcompiler.lowering.predict import quantized_paths, written_paths
+from qcompiler.lowering.predict import disk_prefix, quantized_paths, written_paths
 from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline.base import Context, Destination, PartitionWork
 from qcompiler.runtime.parallel import in_parallel
@@ -94,16 +94,8 @@ class CheckpointStep:
             input_zero_point=solved.input_zero_point,
             input_global_scale=solved.input_global_scale,
         )
-        prefix = self._disk_prefix(path)
+        prefix = disk_prefix(path, self._context.source)
         return {f"{prefix}.{name}": tensor.cpu() for name, tensor in parts.items()}
-
-    def _disk_prefix(self, path: str) -> str:
-        """Where a module's tensors go. An embedding's tied head gets a name of its own, as it is tied no more."""
-        names = self._context.source.names
-        weight = f"{path}.weight"
-        name = weight if weight in names.aliases else names.disk_name(weight)
-        assert name is not None, f"legalize let {path} pass without a name on disk"
-        return name.removesuffix(".weight")
 
     def finish(self) -> None:
         """Check the bytes against the plan. Raises `VerificationError`."""

@@ -224,6 +224,18 @@ def test_for_transformers_itself_that_is_a_violation() -> None:
     assert "[experts-dense]; quantize the experts too" in error.message
 
 
+def test_what_transformers_cannot_load_is_refused_for_it_and_said_for_others(saved: Saved) -> None:
+    """Falcon's class initializes linears by their weight, and a packed linear has none."""
+    rules = assign(rule(GROUPS_OF_32, structure="mlp-output"))
+    folder = saved(run("falcon").graph)
+    wrong = "AttributeError: 'FalconLinear' object has no attribute 'weight'"
+    assert wrong in refusal("falcon", rules, "legalize", target="transformers", folder=folder).message
+    notes = run("falcon", rules, "legalize", target="vllm-sm90", folder=folder).notes
+    assert ("info", f"Transformers cannot verify this checkpoint: {wrong}") in notes
+    int8 = assign(rule("W8A8", structure="mlp-output"))  # its weight keeps its name
+    assert run("falcon", int8, "legalize", target="transformers", folder=folder).notes == []
+
+
 def test_beside_fp8_dense_experts_load_everywhere() -> None:
     done = run("mixtral", assign(rule("FP8_DYNAMIC", structure=ATTENTION)), "legalize")
     assert done.graph.loaders == LOADERS
