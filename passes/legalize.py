@@ -18,7 +18,7 @@ from qcompiler.lowering.rehearse import rehearse
 from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
-from qcompiler.targets import Target, check, load_target
+from qcompiler.targets import Target, check, load_target, notes
 
 _SHOWN = 8
 
@@ -72,6 +72,8 @@ class Legalize(GraphPass):
                 + (", and Conv1D layers cannot be otherwise" if self._has_conv1d(graph) else ""),
                 hint="add a rule to assign",
             )
+        for note in notes(target, everything):
+            context.report.info(note)
         self._check_names(graph, context)
         emitted = self._prove(graph, everything, target, context)
         self._try_transformers(graph, everything, emitted, target, context)

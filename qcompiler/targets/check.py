@@ -38,6 +38,21 @@ def check(
     ]
 
 
+def notes(target: Target, sites: Sequence[Site]) -> list[str]:
+    """Where `target` loads `sites` and computes otherwise than their schemes say: a line for each kind."""
+    told: dict[tuple[str, str], list[Site]] = defaultdict(list)
+    for site in sites:
+        if site.scheme is not None and site.kind != "conv1d":
+            row_id, row, _ = _row_for(target, site.scheme, _structure(site))
+            if row is not None and row_id in target.notes:
+                told[site.scheme.short, row_id].append(site)
+    return [
+        f"{target.name} does not round the activations of {len(members)} linears as {scheme} says, "
+        f"{members[0].name} among them: {target.notes[row_id]}"
+        for (scheme, row_id), members in told.items()
+    ]
+
+
 def _check_model(target: Target, kv_cache: KVCacheSpec | None, head_sizes: Sequence[int]) -> Iterator[Violation]:
     if kv_cache is not None and not target.takes_kv_cache(kv_cache):
         yield Violation(

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from qcompiler.emit.sites import FusedNames
 from qcompiler.errors import ConfigError, did_you_mean
@@ -115,12 +115,19 @@ class Target(_Data):
     loader: Literal["vllm", "sglang", "transformers"]
     fused: dict[str, tuple[tuple[str, ...], ...]] = {}
     rows: dict[str, Row]
+    notes: dict[str, str] = {}  # row -> what its kernel computes otherwise than the scheme says
     dense: dict[str, str] = {}  # structure -> why it must stay dense
     fused_rules: FusedRules = FusedRules()
     experts: ExpertRules = ExpertRules()
     vocab_padding: int = 1
     kv_cache: tuple[Literal["tensor", "attn_head"], ...] = ()
     head_sizes: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _notes_are_of_rows(self) -> Target:
+        if unknown := self.notes.keys() - self.rows.keys():
+            raise ValueError(f"notes on rows that are not there: {', '.join(sorted(unknown))}")
+        return self
 
     @property
     def label(self) -> str:

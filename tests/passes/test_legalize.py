@@ -104,6 +104,13 @@ def test_groups_that_do_not_divide_activations_are_refused_whoever_assigned_them
     assert "activations per token" in error.message
 
 
+def test_activations_that_the_target_does_not_round_are_told() -> None:
+    rules = assign(rule("FP8_DYNAMIC", structure="mlp-output"))
+    told = f"does not round the activations of 1 linears as w:fp8/channel a:fp8/token says, {LAYER}.mlp.down_proj among"
+    assert any(told in text for _, text in run(block(), rules, "legalize", target="vllm-sm80").notes)
+    assert run(block(), rules, "legalize", target="vllm-sm89").notes == [NO_FILES]
+
+
 def test_a_graph_without_a_quantized_linear_is_refused() -> None:
     error = refusal("llama", assign(rule(None, name="*")), "legalize")
     assert error.message == "no linear is quantized: every one is dense"

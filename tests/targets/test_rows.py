@@ -9,7 +9,7 @@ import pytest
 
 from qcompiler.emit.sites import Site
 from qcompiler.scheme import QuantSpec, Scheme, Strategy, preset
-from qcompiler.targets import check, load_target, target_names
+from qcompiler.targets import Target, check, load_target, notes, target_names
 
 NAME = "model.layers.3.mlp.down_proj"
 
@@ -182,6 +182,40 @@ def test_each_row_refuses_with_its_reason_and_a_mend(target: str, row: str) -> N
     assert broken.site == refused.name
     assert broken.message.startswith(f"{refused.name} ({case.illegal.short}) on {load_target(target).runtime}")
     assert broken.mend
+
+
+NOTED = {
+    "vllm-sm80": {"wna8", "fp8-dynamic", "fp8-static", "fp8-block", "nvfp4", "mxfp4", "mxfp8"},
+    "vllm-sm89": {"wna8", "nvfp4", "mxfp4", "mxfp8"},
+    "vllm-sm90": {"wna8", "nvfp4", "mxfp4", "mxfp8"},
+    "vllm-sm100": {"wna8"},
+    "vllm-cpu": {"wna8"},
+    "sglang": set(),
+    "transformers": set(),
+}
+"""The rows whose kernels leave activations in 16 bits that the scheme rounds."""
+
+
+@pytest.mark.parametrize(("target", "row"), EVERY_ROW)
+def test_a_kernel_that_ignores_activations_is_told_where_it_loads(target: str, row: str) -> None:
+    loaded = load_target(target)
+    said = notes(loaded, [site(CASES[target][row].legal), site(preset("W4A16"), name="other")])
+    if row in NOTED[target]:
+        (note,) = said
+        scheme = CASES[target][row].legal.short
+        assert note.startswith(f"{target} does not round the activations of 1 linears as {scheme} says, {NAME} among")
+        assert note.endswith(loaded.notes[row])
+    else:
+        assert said == []
+
+
+def test_a_note_is_on_a_row_that_is_there_and_rounds_activations() -> None:
+    for name in target_names():
+        target = load_target(name)
+        assert target.notes.keys() == NOTED[name]
+        assert all(target.rows[row].activations is not None for row in target.notes)
+    with pytest.raises(ValueError, match="notes on rows that are not there: fp9"):
+        Target(name="t", runtime="r", hardware="h", loader="vllm", rows={}, notes={"fp9": "no"})
 
 
 def test_targets_are_the_seven_documented_ones() -> None:
