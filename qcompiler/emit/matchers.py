@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompiler.emit.patterns import TargetList
-from qcompiler.emit.sites import FusedNames, RuntimeModule, Site, runtime_modules
+from qcompiler.emit.sites import EXPERT_PROJECTIONS, FusedNames, RuntimeModule, Site, runtime_modules
 from qcompiler.errors import ConfigError, did_you_mean
 
 Shards = Mapping[str, Sequence[str]]
@@ -236,8 +236,7 @@ def _sglang(config: Mapping[str, Any], modules: Sequence[RuntimeModule], *, rule
     def resolve(module: RuntimeModule) -> str | None:
         shards = _shards_for(module, mapping)
         if module.is_expert_block:
-            # SGLang always asks for these three names, whatever the checkpoint calls them.
-            names = [f"{module.name}.0.{projection}" for projection in ("gate_proj", "up_proj", "down_proj")]
+            names = [f"{module.name}.0.{projection}" for projection in EXPERT_PROJECTIONS]
             return _one_expert_group([matched(name, "FusedMoE", moe_targets, shards) for name in names], groups)
         if is_lm_head(module):
             if sglang_ignores(module.name, ignore, shards, rule):

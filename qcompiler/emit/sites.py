@@ -17,6 +17,10 @@ EXPERT_NAME = re.compile(r"(?P<block>.+\.experts)\.(?P<index>\d+)\.(?P<projectio
 """How checkpoints name one projection of one expert: `model.layers.0.mlp.experts.7.gate_proj`."""
 
 
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""What runtimes call the projections of a gated expert as they look for their schemes, whatever the model says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One linear. `scheme` None: it stays dense. `fusion_group` is the compiler's id for linears that fuse."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from qcompiler.emit.sites import Site
+from qcompiler.emit.sites import EXPERT_PROJECTIONS, Site
 from qcompiler.ir.annotations import Leaf, LeafKind, Role, Structure, need, scheme_of
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
@@ -74,21 +74,29 @@ def _site(node: Node, leaf: Leaf) -> Site:
 
 
 def _experts(graph: Graph, leaf: Leaf) -> Iterator[Site]:
-    """The projections of one expert block. Runtimes name them alike whatever the merged parameters are called."""
+    """The projections of one expert block. A merged gate and up is two of them, by the names that runtimes use."""
     block = graph.model.get_submodule(leaf.path)
-    transposed = bool(getattr(block, "is_transposed", False))
-    for name, parameter in block.named_parameters(recurse=False):
-        if parameter.dim() != 3:
-            continue
-        out, inner = (parameter.shape[2], parameter.shape[1]) if transposed else parameter.shape[1:]
-        projections = ("gate_proj", "up_proj") if name.startswith("gate_up") else (name,)
-        for index in range(int(parameter.shape[0])):
+    shapes = {name: tuple(p.shape) for name, p in block.named_parameters(recurse=False) if p.dim() == 3}
+    sizes = {name: (rows, columns) for name, (_, rows, columns) in shapes.items()}
+    turned = {name: (rows, columns) for name, (columns, rows) in sizes.items()}
+    # Transformers marks most classes that store [in, out]; of the rest, the sizes tell.
+    if getattr(block, "is_transposed", False) or (_merged(turned) and not _merged(sizes)):
+        sizes = turned
+    for name, (out, inner) in sizes.items():
+        halves = name in _merged(sizes)
+        projections = EXPERT_PROJECTIONS[:2] if halves else (name,)
+        for index in range(shapes[name][0]):
             for projection in projections:
                 yield Site(
                     name=f"{leaf.path}.{index}.{projection}",
-                    out_features=int(out) // len(projections),
-                    in_features=int(inner),
+                    out_features=out // len(projections),
+                    in_features=inner,
                     structure=Structure.EXPERTS,
                     kind="experts",
-                    fusion_group=f"{leaf.path}.{index}.{name}" if len(projections) > 1 else None,
+                    fusion_group=f"{leaf.path}.{index}.{name}" if halves else None,
                 )
+
+
+def _merged(sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The projections that are gate and up in one: another leads back to their inputs, from half of their outputs."""
+    return [name for name, (out, inner) in sizes.items() if (inner, out / 2) in sizes.values()]

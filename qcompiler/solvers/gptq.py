@@ -147,10 +147,7 @@ class _Grid:
         scale = scale.reshape(1, 1) if spec.strategy is Strategy.TENSOR else scale
         zero = nearest.zero_point
         zero = zero.reshape(scale.shape).float() if zero is not None else None
-        tall = 1 if spec.block_structure is None else spec.block_structure[0]
-        self._wide = -(-columns // scale.shape[1])
-        if spec.group_size is not None or spec.block_structure is not None:
-            self._wide = spec.group_size or spec.block_structure[1]  # type: ignore[index]
+        tall, self._wide = spec.block_structure or (1, spec.group_size or columns)
         self._scale = self._by_column(scale, rows, tall)
         self._zero = self._by_column(zero, rows, tall) if zero is not None else None
 
