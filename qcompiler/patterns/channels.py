@@ -163,13 +163,18 @@ class _Walk:
 
     def _free(self, labels: Any) -> Any:
         """Labels without those that are held by now."""
+        if not self.held:
+            return labels
         if isinstance(labels, Tensor):
             return labels.masked_fill(self.fixed[labels], 0)
         return [self._free(part) for part in labels]
 
     def _move(self, node: Node) -> Any:
         assert callable(node.target)
-        return node.target(*self._labels(node.args), **self._labels(node.kwargs))
+        moved = node.target(*self._labels(node.args), **self._labels(node.kwargs))
+        if isinstance(moved, Tensor) and moved.shape != _shape(node):
+            return self._hold(node, "moves it as other values say")
+        return moved
 
     def _view(self, node: Node) -> Any:
         return self._labels(node.args[0]).reshape(_shape(node))
@@ -200,10 +205,14 @@ class _Walk:
     def _operands(self, node: Node) -> tuple[Tensor, Tensor]:
         """The labels of a binary operation's operands, of the operation's shape."""
         first, second = (torch.as_tensor(self._labels(a) if isinstance(a, Node) else 0) for a in node.args[:2])
-        return tuple(labels.expand(_shape(node)) for labels in (first, second))  # type: ignore[return-value]
+        return first.expand(_shape(node)), second.expand(_shape(node))
 
     def _multiply(self, node: Node) -> Any:
         first, second = self._operands(node)
+        if not _any(second):
+            return first
+        if not _any(first):
+            return second
         both = (first > 0) & (second > 0)
         if bool(both.any()):
             return self._hold(node, "multiplies it with itself", first[both], second[both])
@@ -219,9 +228,12 @@ class _Walk:
 
     def _add(self, node: Node) -> Any:
         first, second = self._operands(node)
+        if torch.equal(first, second):
+            return first
+        if not (_any(first) and _any(second)):
+            return self._hold(node, "adds to it what is not scaled", first, second)
         apart = first != second
-        if bool(apart.any()):
-            self._hold(node, "adds to it what is not scaled", first[apart], second[apart])
+        self._hold(node, "adds to it what is not scaled", first[apart], second[apart])
         return first.masked_fill(apart, 0)
 
     def _contract(self, node: Node) -> Any:

@@ -96,7 +96,7 @@ def _try(graph: Graph, facts: _Facts, producer: Node) -> _Attempt:
     rows = flow.readers[first]
     if not need(first, Leaf).is_linear:
         return _Attempt(None, "only routers read it")
-    if any(source(n) is not source(first) or not torch.equal(flow.readers[n], rows) for n in consumers):
+    if any(_tensor(n) is not _tensor(first) or not torch.equal(flow.readers[n], rows) for n in consumers):
         return _Attempt(None, f"its channels reach {_listed(consumers)} as different tensors")
     if not bool(rows.all()):
         return _Attempt(None, f"only some features of what {_listed(consumers)} read grow with it")
@@ -110,7 +110,7 @@ def _try(graph: Graph, facts: _Facts, producer: Node) -> _Attempt:
         kind=f"{_word(producer)} -> {', '.join(dict.fromkeys(_word(node) for node in consumers))}",
         producer=producer,
         consumers=consumers,
-        tensor=source(first),
+        tensor=_tensor(first),
         channels=rows - 1,
         gains=gains,
         weights=tuple(_weight(node) for node in consumers),
@@ -124,6 +124,14 @@ def _gains(graph: Graph, producer: Node, leaf: Leaf) -> tuple[Gain, ...] | str:
     if leaf.kind is LeafKind.NORM:
         return norm_gains(graph.model.get_submodule(leaf.path), leaf.path, last_dim(producer) or 0)
     return tuple(Gain(f"{leaf.path}.{name}") for name in ("weight", "bias")[: 1 + leaf.bias])
+
+
+def _tensor(linear: Node) -> Node:
+    """The tensor that a linear really reads, whatever its shape and dtype."""
+    tensor = source(linear)
+    while is_op(tensor, *CASTS):
+        tensor = source(tensor)
+    return tensor
 
 
 def _weight(node: Node) -> str:

@@ -62,6 +62,8 @@ class Drawing:
         self.model.layers[0].add_module(name, owner)
         weight = self.fx.get_attr(f"layers.0.{name}.kernel")
         weight.meta["val"] = owner.kernel.detach()
+        if value(x).dtype != owner.kernel.dtype:
+            weight = self.op(ATEN.to.dtype, weight, value(x).dtype)
         node = self.op(ATEN.linear.default, x, weight)
         annotate(node, Leaf(LeafKind.BARE_LINEAR, f"layers.0.{name}", "Module", 0, value(x).shape[-1], out))
         annotate(node, _IN_LAYER[0])

@@ -149,6 +149,11 @@ def normalized(d: Drawing, norm: fx.Node, out: fx.Node) -> fx.Node:
     return d.op(ATEN.add.Tensor, out, d.norm("again", norm))
 
 
+def repeated(d: Drawing, norm: fx.Node, out: fx.Node) -> fx.Node:
+    twice = d.op(ATEN.repeat_interleave.self_Tensor, norm, d.constant(torch.tensor([2])), 1)
+    return d.op(ATEN.matmul.default, d.op(ATEN.transpose.int, out, 1, 2), d.op(ATEN.slice.Tensor, twice, 1, 0, TOKENS))
+
+
 def returned(d: Drawing, norm: fx.Node, out: fx.Node) -> fx.Node:
     return norm
 
@@ -159,6 +164,7 @@ READERS = {
     divides: "%div_tensor (aten.div) divides by it",
     rounded: "%to_dtype (aten.to) rounds it",
     padded: "%constant_pad_nd_default (aten.constant_pad_nd) fills in what is not zero",
+    repeated: "%repeat_interleave_self_tensor (aten.repeat_interleave) moves it as other values say",
     normalized: "%layers_0_again (norm) takes no scale",
     returned: "%output (output) is the model's output",
 }
@@ -199,12 +205,14 @@ def test_what_two_linears_read_in_different_orders_is_no_site() -> None:
     assert "as different tensors" in refusal(e.done(one, other), one)[1]
 
 
-def test_a_router_that_reads_the_norm_takes_its_share_of_the_scale() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_router_that_reads_the_norm_takes_its_share_of_the_scale(dtype: torch.dtype) -> None:
     d = Drawing()
     norm = d.norm("norm", d.x)
-    router, up = d.bare_linear("router", norm), d.linear("up", norm)
+    read = norm if dtype is torch.float32 else d.op(ATEN.to.dtype, norm, dtype)  # routers compute wider
+    router, up = d.bare_linear("router", read), d.linear("up", norm)
     site = site_of(d.done(up, router), up)
-    assert site.consumers == (router, up)
+    assert (site.consumers, site.tensor) == ((router, up), norm)
     assert site.weights == ("layers.0.router.kernel", "layers.0.up.weight")
 
 
