@@ -17,7 +17,7 @@ from qcompiler.pipeline import Pipeline, load_pipeline, parse_pipeline, print_pi
 from qcompiler.pipeline.pipeline import pass_options
 from qcompiler.scheme import PRESETS
 from tests.passes.models import Run, block, run
-from tests.recipes.corpus import BECOMES, BLOCK, CORPUS
+from tests.recipes.recipes import BECOMES, BLOCK, CORPUS
 
 
 def recipe(name: str = "GPTQModifier", **args: Any) -> str:
