@@ -46,7 +46,7 @@ _DATA_OPTIONS = (
     "seed",
     "batch_tokens",
 )
-_TEXT_OPTIONS = ("reference", "sequence_length", "sequences")
+_TEXT_OPTIONS = ("config_name", "split", "text_column", "sequence_length", "sequences")
 _PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
@@ -93,6 +93,8 @@ RevisionOption = Annotated[
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that the model brings.")]
 PrintPipelineOption = Annotated[bool, typer.Option("--print-pipeline", help="First print the pipeline as YAML.")]
+ConfigNameOption = Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.")]
+TextColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text, or the chat.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 PrintAfterOption = Annotated[
     list[str] | None,
@@ -112,11 +114,9 @@ def compile(
             metavar="DATA", help="Calibration data: a file, a folder, or a hub id. Not all pipelines need it."
         ),
     ] = None,
-    config_name: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.")] = None,
+    config_name: ConfigNameOption = None,
     split: Annotated[str | None, typer.Option(metavar="NAME", help="Split of the dataset; default: train.")] = None,
-    text_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column that holds the text, or the chat.")
-    ] = None,
+    text_column: TextColumnOption = None,
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Calibration samples.")] = 512,
     sequence_length: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens per sample; capped at the model's window.")
@@ -227,17 +227,24 @@ def verify(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled checkpoint.")],
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense model to compare with; needs --text.")
+        str | None, typer.Option(metavar="MODEL", help="The dense model that OUT was compiled from.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for KL divergence and perplexity.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Text for perplexity and KL divergence: a file, a folder, or a hub id."),
+    ] = None,
+    config_name: ConfigNameOption = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Split of the dataset; default: test.")] = None,
+    text_column: TextColumnOption = None,
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per window of the text.")] = 512,
     sequences: Annotated[int | None, typer.Option(metavar="N", min=1, help="Windows to use; default: all.")] = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Load OUT as a client would, and compare.
+    """Check that OUT is what was compiled, and load it as a client would.
 
-    Its logits must be those of the graph that was compiled; --reference compares it with the dense model on a text.
+    Its files must be those that were written, and its logits those of the graph that was compiled. --reference compares
+    weights with the dense model's, and with --text what the two predict.
     """
     if text is None:
         _refuse_without("--text", context, _TEXT_OPTIONS)
@@ -250,6 +257,9 @@ def verify(
         out,
         reference=reference,
         text=text,
+        config_name=config_name,
+        split=split,
+        text_column=text_column,
         sequence_length=sequence_length,
         sequences=sequences,
         trust_remote_code=trust_remote_code,

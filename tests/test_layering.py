@@ -62,11 +62,11 @@ LAYERS = (
     {"patterns", "select", "transforms"},
     {"emit", "targets"},
     {"checkpoints", "data"},
-    {"source", "fidelity"},
+    {"source", "fidelity", "provenance"},
     {"pipeline", "runtime"},
     {"capture"},
     {"lowering"},
-    {"compiler", "verification", "show", "demo"},
+    {"compiler", "verification", "table_check", "show", "demo"},
     {"cli", "__init__"},
 )
 """The modules and packages of the mechanism, from the ground up: each imports what stands beside or below it.

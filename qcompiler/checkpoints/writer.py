@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,9 @@ import torch
 
 from qcompiler.checkpoints.companions import copy_companions
 from qcompiler.checkpoints.header import encode_header, write_order
+from qcompiler.checkpoints.manifest import Digester, FileDigest, digest_file
 from qcompiler.checkpoints.output import (
+    PROVENANCE,
     PartialFolder,
     disk_full,
     free_bytes,
@@ -27,11 +30,12 @@ from qcompiler.tensors import Spec, tensor_bytes
 DiskTensor = torch.Tensor | RawTensor
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, DiskTensor]) -> None:
+def write_safetensors(file: Path, tensors: Mapping[str, DiskTensor]) -> FileDigest:
     """Write a safetensors file, byte for byte as the safetensors library would, and wait until it is on the disk.
 
-    Tensors may be of any device and stride; at most one is held as a contiguous copy on the host. A `RawTensor` is
-    copied from its file. Raises `OSError`, and `CheckpointError` for what safetensors cannot store.
+    Returns the digest of what was handed to the disk: nothing is read again. Tensors may be of any device and stride;
+    at most one is held as a contiguous copy on the host. A `RawTensor` is copied from its file. Raises `OSError`, and
+    `CheckpointError` for what safetensors cannot store.
     """
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -39,16 +43,23 @@ def write_safetensors(file: Path, tensors: Mapping[str, DiskTensor]) -> None:
             kind = "has no values (device meta)" if tensor.is_meta else f"is {tensor.layout}"
             raise CheckpointError(f"tensor {name!r} {kind}: it cannot be written", hint="load it, or make it dense")
     header = encode_header(specs, {"format": "pt"})  # loaders ask for this entry
+    digester = Digester()
     with file.open("wb") as handle:
-        handle.write(header)
+
+        def write(data: bytes | memoryview) -> None:
+            handle.write(data)
+            digester.update(data)
+
+        write(header)
         for name in write_order(specs):
             tensor = tensors[name]
             if isinstance(tensor, RawTensor):
-                tensor.copy_bytes(handle.write)
+                tensor.copy_bytes(write)
             else:
                 flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                handle.write(flat.view(torch.uint8).numpy().data)
+                write(flat.view(torch.uint8).numpy().data)
     sync_file(file)
+    return digester.digest()
 
 
 class CheckpointWriter:
@@ -66,6 +77,7 @@ class CheckpointWriter:
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
         self._finished: set[int] = set()
+        self._digests: dict[str, FileDigest] = {}
         free = free_bytes(folder.root)
         if predicted_bytes > free:
             raise disk_full(folder.output, predicted_bytes, free)
@@ -116,27 +128,31 @@ class CheckpointWriter:
         draft = file.with_suffix(".draft")
         with writing_to(self._folder.output, max(self._predicted - self._bytes, _total(specs))):
             try:
-                write_safetensors(draft, tensors)
+                digest = write_safetensors(draft, tensors)
             except BaseException:
                 draft.unlink(missing_ok=True)
                 raise
             draft.rename(file)
             sync_folder(file.parent)
         self._finished.add(index)
+        self._digests[file.name] = digest
         self._weight_map |= dict.fromkeys(specs, file.name)
         self._bytes += _total(specs)
 
-    def finish(self, files: Mapping[str, str], *, companions: Path | None = None) -> None:
-        """Write small files, the index last, and make the folder the output.
+    def finish(
+        self, files: Mapping[str, str], *, companions: Path | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write small files and make the folder the output.
 
         files: texts by file name: config.json and what else the compilation decides.
-        companions: the folder whose tokenizer and other small files come along, save those in `files`.
+        companions: the folder whose tokenizer and other small files come along, save those that are written here.
+        provenance: what qcompiler.json says beside the digests of all other files.
         """
         if lacking := sorted(set(range(self._shards)) - self._finished):
             raise CheckpointError(f"{self._folder.output}: shards {lacking} are not written")
         content = self._folder.content
         with writing_to(self._folder.output):
-            copied = copy_companions(companions, content, without=files) if companions else []
+            copied = copy_companions(companions, content, without={*files, PROVENANCE}) if companions else []
             for name, text in files.items():
                 (content / name).write_text(text, encoding="utf-8")
             small = [*copied, *(content / name for name in files)]
@@ -145,6 +161,12 @@ class CheckpointWriter:
                 index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
                 (content / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
                 small.append(content / INDEX_FILE)
+            if provenance is not None:
+                digests = self._digests | {path.relative_to(content).as_posix(): digest_file(path) for path in small}
+                entries = {name: asdict(digest) for name, digest in sorted(digests.items())}
+                text = json.dumps({**provenance, "files": entries}, indent=2, default=str) + "\n"
+                (content / PROVENANCE).write_text(text, encoding="utf-8")
+                small.append(content / PROVENANCE)
             for path in {*small, *(path.parent for path in small), content}:
                 sync_file(path)
         self._folder.publish()

@@ -17,7 +17,7 @@ from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import CheckpointError
 from qcompiler.formats import cache_scale
-from qcompiler.ir.annotations import Quant, set_quant
+from qcompiler.ir.annotations import Quant, get_quant, set_quant
 from qcompiler.ir.edit import stand_between
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Partition, Stage
@@ -41,6 +41,11 @@ class Lowered:
     graph: Graph
     source: ModelSource
     reader: CompressedReader
+
+    def quantized(self) -> dict[str, str]:
+        """The path of each quantized linear, with its name on disk."""
+        nodes = self.graph.linears()
+        return {leaf.path: _disk_name(self.source, leaf.path) for node, leaf in nodes if get_quant(node) is not None}
 
     def close(self) -> None:
         self.source.close()

@@ -17,7 +17,7 @@ from qcompiler.emit.schema import ParsedConfig, parse_quantization_config
 from qcompiler.emit.sites import Site
 from qcompiler.errors import CheckpointError, ConfigError
 from qcompiler.formats import unpack
-from qcompiler.numerics import dequantize
+from qcompiler.numerics import QuantizedTensor, dequantize
 from qcompiler.scheme import Scheme
 
 _MARKS = (".weight_packed", ".weight_scale")
@@ -55,6 +55,10 @@ class CompressedReader(CheckpointReader):
         name = key.removesuffix(".weight")
         if name not in self._parts or key == name:
             return self._inner.read(key)
+        return dequantize(self.quantized(name), self._dtype)
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The codes and scales of a quantized module. Raises `CheckpointError` where they are not its scheme's."""
         try:
             weight, _ = unpack(self.parts(name), self.schemes[name])
         except CheckpointError as error:
@@ -62,7 +66,16 @@ class CompressedReader(CheckpointReader):
                 f"{self._inner.folder}: {name} is {error.message}",
                 hint="config.json and weights are of different checkpoints, or damaged: compile the model again",
             ) from error
-        return dequantize(weight, self._dtype)
+        return weight
+
+    def packed_bytes(self, name: str) -> int:
+        """Bytes on disk of a quantized module, its bias left out."""
+        return sum(meta.nbytes for meta in self._parts[name].values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as they lie on disk."""
+        return sum(meta.nbytes for meta in self._inner.tensors.values())
 
     def parts(self, name: str, *, prefix: str = "") -> dict[str, Tensor]:
         """The tensors of a quantized module as they lie on disk, by their last name, which starts with `prefix`."""

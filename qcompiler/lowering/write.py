@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from qcompiler.checkpoints.output import PROVENANCE
 from qcompiler.checkpoints.writer import CheckpointWriter, DiskTensor
 from qcompiler.emit.config import LOADERS, build_quantization_config
 from qcompiler.errors import VerificationError
@@ -112,8 +111,8 @@ class CheckpointStep:
         report.config_summary = self._config.summary
         # No timings: equal inputs give equal folders, byte for byte.
         provenance = {**self._context.provenance, "report": report.as_dict(timings=False)}
-        files = {"config.json": _json(self._model_config()), PROVENANCE: _json(provenance)}
-        self._writer.finish(files, companions=self._context.source.folder)
+        files = {"config.json": _json(self._model_config())}
+        self._writer.finish(files, companions=self._context.source.folder, provenance=provenance)
 
     def abort(self) -> None:
         """Remove the partial folder; an old output stays."""
