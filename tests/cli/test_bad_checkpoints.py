@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.command import write
 from tests.cli.conftest import Refuse, Run
-from tests.compile.tiny import tiny_model
+from tests.compile.tiny import restamp, tiny_model
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def edit_quantization(folder: Path, edit: Callable[[dict[str, Any]], object]) ->
     config = json.loads(file.read_text())
     edit(config["quantization_config"])
     write(file, json.dumps(config))
+    (folder / "qcompiler.json").unlink()  # it says what was compiled: without it, config and weights speak
     return folder
 
 
@@ -43,10 +44,15 @@ def test_what_is_no_compiled_checkpoint_is_refused(tmp_path: Path, model: Path, 
 
 def test_a_checkpoint_with_missing_or_truncated_shards_is_refused(damaged: Path, refuse: Refuse) -> None:
     shard = damaged / "model-00002-of-00003.safetensors"
+    size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-8])
-    refuse("verify", damaged, says=[f"{shard}: ", "truncated"])
+    refuse(
+        "verify", damaged, says=[f"{damaged}: not what was written: {shard.name} ({size - 8} bytes in place of {size})"]
+    )
+    refuse("verify", restamp(damaged), says=[f"{shard}: ", "truncated"])
     shard.unlink()
-    refuse("verify", damaged, says=[f"{shard}: the shard is missing"])
+    refuse("verify", damaged, says=[f"{damaged}: not what was written: {shard.name} (missing)", "copy or download"])
+    refuse("verify", restamp(damaged), says=[f"{shard}: the shard is missing"])
 
 
 @pytest.mark.parametrize(
@@ -80,10 +86,10 @@ def test_a_quantization_config_that_does_not_fit_the_weights_is_refused(
 
 def test_a_config_of_unknown_class_is_refused(damaged: Path, refuse: Refuse) -> None:
     write(damaged / "config.json", (damaged / "config.json").read_text().replace('"llama"', '"lama"'))
-    refuse("verify", damaged, says=["config.json: model_type 'lama' is not known", "did you mean 'llama'"])
+    refuse("verify", restamp(damaged), says=["config.json: model_type 'lama' is not known", "did you mean 'llama'"])
 
 
-@pytest.mark.parametrize("option", ["--reference=model", "--sequences=3", "--sequence-length=64"])
+@pytest.mark.parametrize("option", ["--text-column=text", "--split=test", "--sequences=3", "--sequence-length=64"])
 def test_options_of_the_text_need_a_text(option: str, compiled: Path, refuse: Refuse) -> None:
     refuse("verify", compiled, option, says=[f"{option.partition('=')[0]}: it needs --text"], usage=True)
 

@@ -71,9 +71,11 @@ def test_a_text_without_a_reference_gives_the_perplexity_alone(lossless: Path) -
     assert "KL" not in str(verified)
 
 
-def test_a_reference_without_a_text_is_refused(lossless: Path) -> None:
-    with pytest.raises(DataError, match="needs a text"):
-        qcompiler.verify(lossless / "compiled", reference=lossless / "dense")
+def test_a_reference_without_a_text_compares_the_weights_alone(lossless: Path) -> None:
+    verified = qcompiler.verify(lossless / "compiled", reference=lossless / "dense")
+    assert verified.fidelity is None
+    assert verified.weights is not None
+    assert (verified.weights.layers, verified.weights.tensors) == (14, 7)
 
 
 def test_a_text_shorter_than_a_window_is_refused(lossless: Path, tmp_path: Path) -> None:

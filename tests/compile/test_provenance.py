@@ -117,6 +117,16 @@ def test_the_table_of_layers_sums_up_to_the_files(result: Result) -> None:
         assert row["bits_per_weight"] == 16 if row["scheme"] is None else 4 < row["bits_per_weight"] < 9
 
 
+def test_every_other_file_is_said_with_its_size_and_digest(result: Result) -> None:
+    files = provenance(result.output)["files"]
+    found = contents(result.output)
+    del found["qcompiler.json"]
+    assert {name: file["sha256"] for name, file in files.items()} == found
+    assert {name: file["size"] for name, file in files.items()} == {
+        name: (result.output / name).stat().st_size for name in found
+    }
+
+
 def test_the_table_is_that_of_the_report(result: Result) -> None:
     written = provenance(result.output)["report"]
     reported = result.report.as_dict()

@@ -260,6 +260,13 @@ def test_error_is_the_squared_distance_over_the_squared_norm(spec: QuantSpec) ->
     assert weight_error(weight, q).relative == pytest.approx(distance.item(), rel=1e-4)
 
 
+def test_sums_over_a_large_weight_do_not_drift() -> None:
+    """Float32 alone is off by 2e-5 here; `verify` compares errors to 1e-6."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    q = quantize_weight(weight, preset("W4A16").weights, scale_dtype=torch.bfloat16)
+    assert weight_error(weight, q).squared_norm == pytest.approx(weight.double().square().sum().item(), rel=1e-7)
+
+
 def test_an_all_zero_weight_has_no_relative_error() -> None:
     assert WeightError(0.0, 0.0).relative == 0
 
