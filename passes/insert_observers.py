@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from qcompiler.errors import LegalityError
+from qcompiler.errors import ConfigError, LegalityError
 from qcompiler.ir.annotations import (
     AnyObserver,
     ChannelObserver,
@@ -29,10 +29,12 @@ from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.rules.observers import needs_statistics
 from qcompiler.patterns.cache import cached_tensors
+from qcompiler.patterns.place import place_transforms, rescales
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, QuantSpec
 from qcompiler.solvers.options import NEED_HESSIAN
+from qcompiler.transforms.options import AwqOptions
 
 Kind = Literal["minmax", "mse", "percentile"]
 Collected = TypeVar("Collected", HessianObserver, ChannelObserver)
@@ -58,15 +60,40 @@ class InsertObservers(GraphPass):
     importance: bool = False
 
     def run(self, graph: Graph, context: Context) -> None:
+        place_transforms(graph, context.report)
         self._observe_inputs(graph)
-        solvers = {node: q.solver for node, _ in graph.linears() if (q := get_quant(node)) and q.scheme}
-        self._collect(graph, HessianObserver, {node: name for node, name in solvers.items() if name in NEED_HESSIAN})
+        quants = {node: quant for node, _ in graph.linears() if (quant := get_quant(node)) and quant.scheme}
+        rescaled = self._rescaled(graph)
+        hessians = {node: q.solver for node, q in quants.items() if q.solver in NEED_HESSIAN}
+        hessians |= {
+            n: name for n, name in rescaled.items() if n in quants and isinstance(quants[n].transform, AwqOptions)
+        }
+        channels = dict(rescaled)
         if self.importance:
-            unknown = [node for node, name in solvers.items() if name not in NEED_HESSIAN]
-            self._collect(graph, ChannelObserver, dict.fromkeys(unknown, "importance"))
+            channels |= {node: "importance" for node in quants if node not in hessians and node not in channels}
+        self._collect(graph, HessianObserver, hessians)
+        self._collect(graph, ChannelObserver, channels)
         if graph.kv_cache is not None:
             self._observe_cache(graph, graph.kv_cache)
         _check_partitions(graph)
+
+    def _rescaled(self, graph: Graph) -> dict[Node, str]:
+        """The linears whose inputs a transform rescales and that need to know it, with the transform's name."""
+        names = {path: found.transform.name for found in rescales(graph.nodes) for path in found.consumers}
+        asked = {path for found in rescales(graph.nodes) for path in found.asked}
+        rescaled = {node: names[leaf.path] for node, leaf in graph.linears() if leaf.path in names}
+        for node, name in list(rescaled.items()):
+            path, quant = need(node, Leaf).path, get_quant(node)
+            static = quant is not None and needs_statistics(quant.scheme)
+            if static and self.inputs != "minmax":
+                raise ConfigError(
+                    f"{self.name}: the input of {path} is rescaled by {name}, after which its {self.inputs} range "
+                    "would be unknown",
+                    hint="say inputs: minmax, or use a scheme whose activations are dynamic",
+                )
+            if path not in asked and not static:
+                del rescaled[node]
+        return rescaled
 
     def _observe_inputs(self, graph: Graph) -> None:
         watched: dict[tuple[Node, QuantSpec], list[Node]] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qcompiler.errors import ConfigError
+from qcompiler.errors import ConfigError, RuleError
+from qcompiler.ir.annotations import AnyObserver, get_quant
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.lowering.rewrite import lower_graph
 from qcompiler.lowering.write import CheckpointStep
@@ -22,6 +23,15 @@ class Lower(StreamingPass):
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
 
+    def prepare(self, graph: Graph, context: Context) -> None:
+        for node, leaf in graph.linears():
+            quant = get_quant(node)
+            if quant is not None and quant.scheme is not None and quant.run is None:
+                raise RuleError(
+                    f"{leaf.path} is to become {quant.scheme.short}, and no calibrate before lower solves it",
+                    hint="add a calibrate without select and algorithms, which solves what is left",
+                )
+
     def begin(self, graph: Graph, context: Context) -> PartitionStep:
         if context.output is None:
             raise ConfigError("lower has nowhere to write", hint="pass --output (Python: output=)")
@@ -32,6 +42,9 @@ class _Lower(PartitionStep):
     def __init__(self, graph: Graph, checkpoint: CheckpointStep) -> None:
         self._graph = graph
         self._checkpoint = checkpoint
+
+    def uses(self, observer: AnyObserver) -> bool:
+        return False
 
     def partition(self, work: PartitionWork) -> None:
         self._checkpoint.write(work)

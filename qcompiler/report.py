@@ -42,6 +42,10 @@ class LayerRow:
     nearest_output_error: float | None = None
     damping: float | None = None
     dead_columns: int | None = None
+    transform: str | None = None
+    ratio: float | None = None
+    transform_gain: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +91,6 @@ class Report:
         plain = asdict(self)
         if not timings:
             del plain["timings"]
+            for row in plain["layers"]:
+                del row["seconds"]
         return plain

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Literal, TypeVar
+
+from torch import Tensor
 
 from qcompiler.errors import VerificationError
 from qcompiler.ir.fx import Node
 from qcompiler.scheme import QuantSpec, Scheme
 from qcompiler.solvers.options import GptqOptions
+from qcompiler.transforms.norms import Gain
 from qcompiler.transforms.options import TransformOptions
 
 
@@ -83,7 +86,8 @@ class Quant:
     """What becomes of a linear. `scheme` None means it stays dense on purpose; `because` says who decided.
 
     `solver` names what rounds its weight, `options` are the solver's where it has any. `transform` is what its inputs
-    are rescaled by before, where a producer can take the scale.
+    are rescaled by before, where a producer can take the scale. `run` counts the runs over the data, from 1: which one
+    solves it, None until a pass has claimed it.
     """
 
     scheme: Scheme | None
@@ -91,6 +95,7 @@ class Quant:
     because: tuple[str, ...]
     options: GptqOptions | None = None
     transform: TransformOptions | None = None
+    run: int | None = None
 
     @property
     def algorithm(self) -> str:
@@ -143,8 +148,30 @@ class ChannelObserver:
     because: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """A scale that this norm or linear gives to the linears that read its output; see `patterns.rescaling`.
+
+    `transform` chooses it, by the linears of `asked`; all `consumers` take it. `channels` int64 [I]: which of the
+    producer's output channels each of their input features grows with (`tied`: several with one). `gains` are the
+    producer's parameters to divide, `weights` the consumers' to multiply, by path.
+    """
+
+    id: str
+    kind: str
+    producer: str
+    transform: TransformOptions
+    asked: tuple[str, ...]
+    consumers: tuple[str, ...]
+    channels: Tensor = field(compare=False, repr=False)
+    tied: bool
+    gains: tuple[Gain, ...]
+    weights: tuple[str, ...]
+    because: tuple[str, ...]
+
+
 AnyObserver = Observer | HessianObserver | ChannelObserver
-Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer, HessianObserver, ChannelObserver)
+Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer, HessianObserver, ChannelObserver, Rescale)
 _KEY = "qcompiler"
 
 

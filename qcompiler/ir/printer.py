@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Observer, Role, Scope, get, get_quant
+from qcompiler.ir.annotations import (
+    ChannelObserver,
+    HessianObserver,
+    Leaf,
+    Observer,
+    Rescale,
+    Role,
+    Scope,
+    get,
+    get_quant,
+)
 from qcompiler.ir.fx import Node, op_name, value
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache
@@ -128,6 +138,7 @@ def _notes(node: Node) -> tuple[list[str], str]:
     because = ""
     if quant is not None:
         notes += [quant.scheme.short, quant.algorithm] if quant.scheme else ["dense"]
+        notes += [f"run={quant.run}"] if quant.run not in (None, 1) else []
         because = ", ".join(quant.because)
     if observer is not None:
         notes.append(f"{observer.kind} of {observer.purpose} for {observer.spec.short}  id={observer.id}")
@@ -136,6 +147,9 @@ def _notes(node: Node) -> tuple[list[str], str]:
     if collected is not None:
         notes.append(f"{collected.what}  id={collected.id}")
         because = ", ".join(collected.because)
+    rescale = get(node, Rescale)
+    if rescale is not None:
+        notes.append(f"{rescale.transform.name}: gives a scale to {', '.join(rescale.consumers)}")
     if role is not None and role.structure is not None:
         notes.append(str(role.structure))
     if role is not None and role.fusion_group is not None:

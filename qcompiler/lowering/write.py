@@ -70,7 +70,11 @@ class CheckpointStep:
         dense, packed = self._dense[work.partition.name]
         if not dense and not packed:
             return
-        tensors: dict[str, DiskTensor] = self._context.source.dense(dense)
+        tensors: dict[str, DiskTensor] = self._context.source.dense(path for path in dense if path not in work.altered)
+        for path in work.altered.intersection(dense):
+            name = self._context.source.names.disk_name(path)
+            assert name is not None, f"{path} was transformed and has no name on disk"
+            tensors[name] = work.weights[path].cpu()
         for parts in in_parallel(lambda path: self._pack(path, work), packed, device=self._context.device):
             tensors |= parts
         for observer, scale in work.caches.items():
@@ -109,8 +113,12 @@ class CheckpointStep:
         """Write config and provenance, with what later passes reported, and make the folder the output."""
         report = self._context.report
         report.config_summary = self._config.summary
-        # No timings: equal inputs give equal folders, byte for byte.
-        provenance = {**self._context.provenance, "report": report.as_dict(timings=False)}
+        # Equal inputs give equal folders, byte for byte, but for what stands under `timings`.
+        timings = {
+            "passes": {timing.name: timing.seconds for timing in report.timings},
+            "layers": {row.path: row.seconds for row in report.layers if row.seconds is not None},
+        }
+        provenance = {**self._context.provenance, "report": report.as_dict(timings=False), "timings": timings}
         files = {"config.json": _json(self._model_config())}
         self._writer.finish(files, companions=self._context.source.folder, provenance=provenance)
 

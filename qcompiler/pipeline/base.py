@@ -17,7 +17,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from qcompiler.ir.annotations import Observer
+from qcompiler.ir.annotations import AnyObserver, Observer
 from qcompiler.ir.graph import Graph, Partition, Stage
 from qcompiler.numerics.tensor import QuantizedTensor
 from qcompiler.report import Report
@@ -54,13 +54,26 @@ class GraphPass(Pass):
 class StreamingPass(Pass):
     """A pass that works partition by partition."""
 
+    def prepare(self, graph: Graph, context: Context) -> None:
+        """Before any weight is read, when planning too: check and claim what the sweep `context.sweep` will do.
+
+        Raises a `QCompilerError` for what would fail later.
+        """
+        return
+
     @abstractmethod
     def begin(self, graph: Graph, context: Context) -> PartitionStep:
         """Start a sweep; the step is called once per partition, in order."""
 
 
 class PartitionStep(ABC):
-    """One sweep of one streaming pass."""
+    """One sweep of one streaming pass. `propagates`: later partitions are to see what this one became."""
+
+    propagates: bool = True
+
+    def uses(self, observer: AnyObserver) -> bool:
+        """Whether this step needs what an observer collects: what no step needs is not collected."""
+        return True
 
     @abstractmethod
     def partition(self, work: PartitionWork) -> None:
@@ -104,13 +117,14 @@ class PartitionWork:
 
     `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
     `statistics` are what observers collected. Steps fill `solved` (by module path) and `caches` (scales of keys and
-    values, by observer).
+    values, by observer), and name in `altered` the weights that they replaced and that stay dense.
     """
 
     partition: Partition
     weights: LazyWeights
     statistics: Statistics = field(default_factory=Statistics)
     solved: dict[str, Solved] = field(default_factory=dict)
+    altered: set[str] = field(default_factory=set)
     caches: dict[Observer, Tensor] = field(default_factory=dict)
 
 
@@ -128,7 +142,7 @@ class Context:
 
     `source` is the model with its (lazily read) weights, `data` gives the calibration batches when a sweep needs them,
     `output` is where the checkpoint goes (None while planning), `running` what the graph pass that runs is called: its
-    name, numbered where the pipeline has several of that name.
+    name, numbered where the pipeline has several of that name. `sweep` counts the sweeps over the partitions, from 1.
     """
 
     source: ModelSource
@@ -140,3 +154,4 @@ class Context:
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     provenance: dict[str, object] = field(default_factory=dict)
     running: str = ""
+    sweep: int = 1

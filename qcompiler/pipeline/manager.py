@@ -12,6 +12,7 @@ from qcompiler.pipeline.base import Context, GraphPass, PartitionStep, Pass, Str
 from qcompiler.pipeline.pipeline import Pipeline
 from qcompiler.pipeline.registry import pass_class, pass_names
 from qcompiler.report import Timing
+from qcompiler.runtime.carry import Carry
 from qcompiler.runtime.executor import sweep
 
 Printer = Callable[[str, Graph], None]
@@ -47,10 +48,20 @@ def _ensures(name: str) -> Stage | None:
 
 
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
-    """Run the passes up to the first that needs weights. This is all that a plan does."""
+    """Run the passes up to the first that needs weights, and prepare the others. This is all that a plan does."""
     verify(graph, after="capture")
     for who, item in zip(_told_apart(pipeline), _planned(pipeline), strict=False):
         _run(item, who, graph, context, show)
+    for context.sweep, stretch in enumerate(sweeps(pipeline), 1):
+        for streaming in stretch:
+            streaming.prepare(graph, context)
+            verify(graph, after=streaming.name)
+
+
+def sweeps(pipeline: Pipeline) -> list[list[StreamingPass]]:
+    """The passes that each sweep over the partitions runs, as `run_streaming_passes` will run them."""
+    named = [(item.name, item) for item in pipeline.flat()]
+    return [stretch for stretch in _stretches(named) if isinstance(stretch, list)]
 
 
 def _run(item: GraphPass, who: str, graph: Graph, context: Context, show: Printer | None) -> None:
@@ -78,15 +89,20 @@ def _planned(pipeline: Pipeline) -> Iterator[GraphPass]:
 def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
     """Run what follows: every stretch of consecutive streaming passes as one sweep over the partitions.
 
-    What they made is published when the last pass has finished; whatever fails before, nothing is.
+    A pass that comes a second time begins a sweep of its own, which starts from what the one before left. What they
+    made is published when the last pass has finished; whatever fails before, nothing is.
     """
     items = list(zip(_told_apart(pipeline), pipeline.flat(), strict=True))
     first = next((i for i, (_, item) in enumerate(items) if isinstance(item, StreamingPass)), len(items))
     begun: list[PartitionStep] = []
+    context.sweep = 0
+    several = len(sweeps(pipeline)) > 1
+    carry = Carry(context.output.folder.parent if context.output else None) if several else None
     try:
         for stretch in _stretches(items[first:]):
             if isinstance(stretch, list):
-                _sweep(stretch, begun, graph, context, show)
+                context.sweep += 1
+                _sweep(stretch, begun, graph, context, carry, show)
             else:
                 who, item = stretch
                 _run(item, who, graph, context, show)
@@ -96,17 +112,25 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
         for step in begun:
             step.abort()
         raise
+    finally:
+        if carry is not None:
+            carry.close()
 
 
 def _sweep(
-    items: Sequence[StreamingPass], begun: list[PartitionStep], graph: Graph, context: Context, show: Printer | None
+    items: Sequence[StreamingPass],
+    begun: list[PartitionStep],
+    graph: Graph,
+    context: Context,
+    carry: Carry | None,
+    show: Printer | None,
 ) -> None:
     """One sweep of `items`. Each step joins `begun` as it begins, so that it is aborted if the next does not."""
     steps: list[PartitionStep] = []
     for item in items:
         steps.append(item.begin(graph, context))
         begun.append(steps[-1])
-    spent = sweep(graph, steps, context)
+    spent = sweep(graph, steps, context, carry)
     for item, step, seconds in zip(items, steps, spent.steps, strict=True):
         start = perf_counter()
         step.finish()
@@ -118,6 +142,9 @@ def _stretches(items: Sequence[tuple[str, Pass]]) -> Iterator[tuple[str, GraphPa
     streaming: list[StreamingPass] = []
     for who, item in items:
         if isinstance(item, StreamingPass):
+            if any(type(item) is type(other) for other in streaming):
+                yield streaming
+                streaming = []
             streaming.append(item)
             continue
         if streaming:

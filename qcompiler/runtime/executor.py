@@ -14,11 +14,13 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import DataError
 from qcompiler.ir.annotations import (
+    AnyObserver,
     ChannelObserver,
     HessianObserver,
     Leaf,
@@ -34,6 +36,7 @@ from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.numerics import dequantize
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved, Statistics
+from qcompiler.runtime.carry import Carry
 from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.hessian import HessianStatistic
@@ -52,10 +55,15 @@ class Spent:
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
-def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spent:
-    """Run `steps` over every partition in order. Raises `DataError` where observers stand and there is no data."""
+def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context, carry: Carry | None = None) -> Spent:
+    """Run `steps` over every partition in order.
+
+    `carry` is what earlier sweeps did, and keeps what this one does; None where there is one sweep. Raises `DataError`
+    where a step uses what observers collect and there is no data.
+    """
     parts = partitions(graph)
-    last = max((i for i, part in enumerate(parts) if _observers(part)), default=-1)
+    watched = [_watched(part, steps) for part in parts]
+    last = max((i for i, nodes in enumerate(watched) if nodes), default=-1)
     stream = Stream(graph, parts[: last + 1], _batches(context), context.device) if last >= 0 else None
     spent = Spent([0.0] * len(steps))
     last_call = {leaf.path: i for i, part in enumerate(parts) for node in part.nodes if (leaf := get(node, Leaf))}
@@ -64,7 +72,14 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
         context.progress(part.name, index, len(parts))
         # In a function of its own, so that one partition's weights are gone before the next one's are read.
         solved = _run_partition(
-            graph, part, steps, context, stream if index <= last else None, index == last, carried, spent
+            graph,
+            part,
+            steps,
+            context,
+            _Flow(stream, watched[index], index == last) if stream is not None and index <= last else None,
+            carried,
+            carry,
+            spent,
         )
         # A module that later partitions call again is solved once, by the first.
         carried = {path: result for path, result in (carried | solved).items() if last_call[path] > index}
@@ -74,35 +89,59 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context) -> Spe
     return spent
 
 
+@dataclass(frozen=True, slots=True)
+class _Flow:
+    """The batches at one partition, the observers to run them for, and whether nothing is observed after it."""
+
+    stream: Stream
+    watched: Mapping[Node, AnyObserver]
+    final: bool
+
+
 def _run_partition(
     graph: Graph,
     part: Partition,
     steps: Sequence[PartitionStep],
     context: Context,
-    stream: Stream | None,
-    final: bool,
+    flow: _Flow | None,
     carried: Mapping[str, Solved],
+    carry: Carry | None,
     spent: Spent,
 ) -> dict[str, Solved]:
     """Collect, let every step do its part, propagate; what was solved.
 
-    `stream` is None where nothing is observed from here on. `carried` are modules that earlier partitions solved.
+    `flow` is None where nothing is observed from here on. `carried` are modules that earlier partitions solved.
     """
     weights = lazy_weights(graph, part, context.source, context.device)
     called = {leaf.path for node in part.nodes if (leaf := get(node, Leaf))}
     work = PartitionWork(part, weights, solved={path: carried[path] for path in called if path in carried})
+    if carry is not None:
+        _take_up(carry, work, context.device)
     clock = _Clock(weights)
-    if stream is not None:
-        work.statistics = _collect(part, stream, weights)
+    propagates = all(step.propagates for step in steps)
+    if flow is not None:
+        # Without propagation, what later partitions read is what this one computes now: one run does for both.
+        work.statistics = _collect(flow, work, keep=not propagates and not flow.final)
         spent.parts["forward: collect"] += clock.lap()
     for number, step in enumerate(steps):
         step.partition(work)
         spent.steps[number] += clock.lap()
-    if stream is not None and not final:
-        _propagate(part, stream, work)
+    if flow is not None and propagates and not flow.final:
+        flow.stream.run(part, part.nodes, work.weights, always(_served(work, flow.stream.dtype)), keep=True)
         spent.parts["forward: propagate"] += clock.lap()
+    if carry is not None:
+        carry.keep(part.name, work.solved, {path: work.weights[path] for path in work.altered})
     spent.parts["load"] += weights.seconds
     return work.solved
+
+
+def _take_up(carry: Carry, work: PartitionWork, device: torch.device) -> None:
+    """Start from what earlier sweeps left."""
+    left = carry.of(work.partition.name, device)
+    work.solved |= left.solved
+    for path, tensor in left.altered.items():
+        work.weights[path] = tensor
+        work.altered.add(path)
 
 
 class _Clock:
@@ -119,8 +158,10 @@ class _Clock:
         return lap
 
 
-def _observers(part: Partition) -> list[Node]:
-    return [node for node in part.nodes if node.target is observe]
+def _watched(part: Partition, steps: Sequence[PartitionStep]) -> dict[Node, AnyObserver]:
+    """The observers of a partition that some step uses, by the node where they stand."""
+    found = {node: observer for node in part.nodes if (observer := observed(node)) is not None}
+    return {node: observer for node, observer in found.items() if any(step.uses(observer) for step in steps)}
 
 
 def _batches(context: Context) -> tuple[TokenBatch, ...]:
@@ -132,9 +173,12 @@ def _batches(context: Context) -> tuple[TokenBatch, ...]:
     return context.data.batches
 
 
-def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor]) -> Statistics:
-    """Run the batches through the dense partition and return what its observers saw."""
-    watched = {node: observer for node in part.nodes if (observer := observed(node)) is not None}
+def _collect(flow: _Flow, work: PartitionWork, *, keep: bool) -> Statistics:
+    """Run the batches through the partition as earlier sweeps left it, and return what its observers saw.
+
+    `keep` what later partitions read.
+    """
+    watched = flow.watched
     found = Statistics(
         ranges={o.id: Statistic(o) for o in watched.values() if isinstance(o, Observer)},
         hessians={o.id: HessianStatistic(o) for o in watched.values() if isinstance(o, HessianObserver)},
@@ -145,41 +189,47 @@ def _collect(part: Partition, stream: Stream, weights: Mapping[str, Tensor]) -> 
         **found.hessians,
         **found.channels,
     }
+    served = _served(work, flow.stream.dtype)
 
     def handler(mask: Tensor) -> Handler:
         def handle(node: Node, args: tuple[Any, ...]) -> Any:
-            by_id[watched[node].id].update(args[0], mask)
+            if node in watched:
+                by_id[watched[node].id].update(args[0], mask)
             return args[0]
 
         return handle
 
     # What no observer depends on is not needed in this run: the last linear, for one.
     needed = ancestors(watched)
-    nodes = tuple(node for node in part.nodes if node in needed)
-    if watched:
-        stream.run(part, nodes, weights, lambda batch: {observe: handler(batch.token_mask)}, keep=False)
+    part = work.partition
+    nodes = part.nodes if keep else tuple(node for node in part.nodes if node in needed)
+    if watched or keep:
+        handlers = lambda batch: {**served, observe: handler(batch.token_mask)}  # noqa: E731
+        flow.stream.run(part, nodes, work.weights, handlers, keep=keep)
     return found
 
 
-def _propagate(part: Partition, stream: Stream, work: PartitionWork) -> None:
-    """Run the batches through the partition as it will be served, and keep what later partitions read."""
+def _served(work: PartitionWork, dtype: torch.dtype) -> dict[Any, Handler]:
+    """What evaluates the solved linears of a partition, and its observed keys and values, as they will be served.
+
+    Their dequantized weights take the place of those in `work.weights`.
+    """
     inputs: dict[str, Rounding] = {}
     linears: set[Any] = set()
-    for node in part.nodes:
+    for node in work.partition.nodes:
         leaf, scheme = get(node, Leaf), scheme_of(node)
         if leaf is None or scheme is None or leaf.path not in work.solved or node.target in linears:
             continue
         linears.add(node.target)
         solved = work.solved[leaf.path]
-        work.weights[f"{leaf.path}.weight"] = dequantize(solved.weight, stream.dtype)
+        work.weights[f"{leaf.path}.weight"] = dequantize(solved.weight, dtype)
         if scheme.input_activations is not None:
             inputs[leaf.path] = Rounding(
                 scheme.input_activations, solved.input_scale, solved.input_zero_point, solved.input_global_scale
             )
     caches = {(o.consumers[0], str(o.purpose)): Rounding(o.spec, scale) for o, scale in work.caches.items()}
     served = QuantizedOperations(work.weights, inputs, caches)
-    handlers = {observe: partial(_round_cache, served)} | dict.fromkeys(linears, partial(_run_linear, served))
-    stream.run(part, part.nodes, work.weights, always(handlers), keep=True)
+    return {observe: partial(_round_cache, served)} | dict.fromkeys(linears, partial(_run_linear, served))
 
 
 def _round_cache(served: QuantizedOperations, node: Node, args: tuple[Any, ...]) -> Tensor:

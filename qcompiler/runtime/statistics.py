@@ -83,6 +83,11 @@ class Statistic:
             low, high = self._least_error(low, high)
         return low, high
 
+    def replace(self, low: Tensor, high: Tensor) -> None:
+        """Become the statistic of a tensor with another range, of which nothing else is known."""
+        assert self._kind == "minmax", "a histogram cannot follow"
+        self._low, self._high = low, high
+
     def qparams(self, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Static scale ([1] or [heads, 1, 1], `scale_dtype`) and zero point (int8, asymmetric only)."""
         low, high = self.range()

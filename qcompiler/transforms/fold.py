@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qcompiler.patterns.rescaling import RescaleSite
-from qcompiler.transforms.norms import divided
+from qcompiler.transforms.norms import Gain, divided
 
 
-def fold(site: RescaleSite, scale: Tensor, weights: MutableMapping[str, Tensor]) -> None:
+class Foldable(Protocol):
+    """What says where a scale moves: see `qcompiler.patterns.rescaling.RescaleSite`, which is one."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def channels(self) -> Tensor: ...
+
+    @property
+    def gains(self) -> tuple[Gain, ...]: ...
+
+    @property
+    def weights(self) -> tuple[str, ...]: ...
+
+
+def fold(site: Foldable, scale: Tensor, weights: MutableMapping[str, Tensor]) -> None:
     """Divide the features of the site's tensor by `scale` float32 [I], and multiply the consumers' columns by it.
 
     `weights` holds the parameters of producer and consumers by path; they are replaced, not written to. Each is

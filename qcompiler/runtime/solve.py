@@ -1,0 +1,229 @@
+"""Solve the linears of a partition: transform, choose scales, round, and take input scales from what was observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from qcompiler.errors import CheckpointError, DataError
+from qcompiler.ir.annotations import AnyObserver, Leaf, Observer, Quant, Role, get, get_quant, need
+from qcompiler.ir.fx import Node
+from qcompiler.ir.graph import Graph
+from qcompiler.numerics import (
+    QuantizedTensor,
+    WeightError,
+    nvfp4_global_scale,
+    quantize_weight,
+    weight_amax,
+    weight_error,
+)
+from qcompiler.patterns.place import blocked, rescales
+from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved
+from qcompiler.runtime.channels import ChannelStatistic
+from qcompiler.runtime.hessian import HessianStatistic
+from qcompiler.runtime.parallel import in_parallel
+from qcompiler.runtime.statistics import Statistic
+from qcompiler.runtime.transform import Measured, Transformed, transform
+from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq
+from qcompiler.solvers.options import GptqOptions
+from qcompiler.transforms.options import AwqOptions
+
+ScaleChoice = Literal["minmax", "mse", "importance"]
+Item = tuple[Node, Quant]
+R = TypeVar("R")
+S = TypeVar("S", Statistic, HessianStatistic, ChannelStatistic)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    path: str
+    solved: Solved
+    error: WeightError
+    outcome: Outcome | None
+    seconds: float
+
+
+class SolveStep(PartitionStep):
+    """Solves the linears of one run: those whose `Quant.run` is `run`."""
+
+    def __init__(self, graph: Graph, context: Context, *, run: int, scales: ScaleChoice, propagate: bool) -> None:
+        self._context = context
+        self._run = run
+        self._scales = scales
+        self._begun: set[str] = set()
+        self._mine = frozenset(leaf.path for n, leaf in graph.linears() if (q := get_quant(n)) and q.run == run)
+        self.propagates = propagate
+
+    def uses(self, observer: AnyObserver) -> bool:
+        if isinstance(observer, Observer) and observer.purpose != "input":
+            return True
+        return not self._mine.isdisjoint(observer.consumers)
+
+    def partition(self, work: PartitionWork) -> None:
+        todo = [(node, quant) for node in work.partition.nodes if (quant := self._todo(node)) is not None]
+        ranges = _by_consumer(s for s in work.statistics.ranges.values() if s.observer.purpose == "input")
+        hessians = _by_consumer(work.statistics.hessians.values())
+        channels = _by_consumer(work.statistics.channels.values())
+        self._transform(todo, work, Measured(ranges, hessians, channels))
+        globals_ = _global_scales(todo, work.weights)
+        factored = self._factor(todo, hessians)
+
+        def solve(item: Item) -> _Done:
+            start = perf_counter()
+            node, quant = item
+            path = need(node, Leaf).path
+            weight = work.weights[f"{path}.weight"]
+            importance = self._importance(path, quant, hessians, channels)
+            rounded, outcome = self._nearest(path, weight, quant, globals_.get(node), importance), None
+            if path in factored and quant.options is not None:
+                rounded, outcome = gptq(weight, factored[path], rounded, quant.options)
+            error = weight_error(weight, rounded)
+            work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
+            return _Done(path, self._with_input(rounded, ranges.get(path)), error, outcome, perf_counter() - start)
+
+        for done in self._in_parallel(solve, todo):
+            work.solved[done.path] = done.solved
+            work.altered.discard(f"{done.path}.weight")
+            self._tell(done)
+        for statistic in work.statistics.ranges.values():
+            if statistic.observer.purpose != "input":
+                work.caches[statistic.observer], _ = statistic.qparams(self._context.source.dtype)
+
+    def _todo(self, node: Node) -> Quant | None:
+        leaf, quant = get(node, Leaf), get_quant(node)
+        if leaf is None or quant is None or quant.scheme is None or quant.run != self._run or leaf.path in self._begun:
+            return None
+        self._begun.add(leaf.path)  # a module that runs twice has one weight
+        return quant
+
+    def _transform(self, todo: Sequence[Item], work: PartitionWork, measured: Measured) -> None:
+        """Fold what the linears of this run are transformed by, in the order in which the producers run."""
+        quants = {need(node, Leaf).path: quant for node, quant in todo}
+
+        def nearest(path: str, weight: Tensor) -> QuantizedTensor:
+            return self._nearest(path, weight, quants[path], None, None, scales="minmax")
+
+        for rescale in rescales(work.partition.nodes):
+            asked = tuple(path for path in rescale.asked if path in quants)
+            if not asked or blocked(rescale, work.solved):
+                continue
+            start = perf_counter()
+            try:
+                result = transform(replace(rescale, asked=asked), work, quants, measured, nearest)
+            except ValueError as error:
+                raise DataError(
+                    f"{', '.join(asked)} cannot be transformed by {rescale.transform.name}: {error}",
+                    hint="check the weights and the dtype, or leave the transform out",
+                ) from error
+            self._tell_transformed(result, perf_counter() - start)
+
+    def _in_parallel(self, solve: Callable[[Item], R], todo: Sequence[Item]) -> list[R]:
+        return in_parallel(solve, todo, device=self._context.device, size=lambda item: need(item[0], Leaf).parameters)
+
+    def _factor(self, todo: Sequence[Item], hessians: Mapping[str, HessianStatistic]) -> dict[str, Factored]:
+        """The factored Hessian of each linear that is solved with one: one for all that read the same tensor."""
+        wanted = {
+            p: quant.options for node, quant in todo if (p := need(node, Leaf).path) in hessians and quant.options
+        }
+        jobs = list(dict.fromkeys((hessians[path], options) for path, options in wanted.items()))
+
+        def run(job: tuple[HessianStatistic, GptqOptions]) -> Factored:
+            statistic, options = job
+            try:
+                return factor(statistic.value(), options)
+            except ValueError as error:
+                raise DataError(
+                    f"{', '.join(statistic.observer.consumers)} cannot be solved: {error}",
+                    hint="use more calibration data, a larger damping, or solver rtn",
+                ) from error
+
+        made = dict(zip(jobs, in_parallel(run, jobs, device=self._context.device), strict=True))
+        return {path: made[hessians[path], options] for path, options in wanted.items()}
+
+    def _importance(
+        self,
+        path: str,
+        quant: Quant,
+        hessians: Mapping[str, HessianStatistic],
+        channels: Mapping[str, ChannelStatistic],
+    ) -> Tensor | None:
+        """What weighs the errors of the scale search: AWQ clips by the Hessian, `importance` by its diagonal."""
+        if isinstance(quant.transform, AwqOptions) and quant.transform.clip:
+            return hessians[path].value()
+        if self._scales != "importance":
+            return None
+        return hessians[path].diagonal() if path in hessians else channels[path].mean_square()
+
+    def _nearest(
+        self,
+        path: str,
+        weight: Tensor,
+        quant: Quant,
+        global_scale: Tensor | None,
+        importance: Tensor | None,
+        *,
+        scales: ScaleChoice | None = None,
+    ) -> QuantizedTensor:
+        assert quant.scheme is not None
+        try:
+            return quantize_weight(
+                weight,
+                quant.scheme.weights,
+                scales="minmax" if (scales or self._scales) == "minmax" and importance is None else "mse",
+                scale_dtype=self._context.source.dtype,
+                global_scale=global_scale,
+                importance=importance,
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}.weight cannot be quantized: {error}",
+                hint="the checkpoint is damaged or overflowed its dtype; ignore this layer to keep it as it is",
+            ) from error
+
+    def _with_input(self, rounded: QuantizedTensor, statistic: Statistic | None) -> Solved:
+        if statistic is None:
+            return Solved(rounded)
+        if statistic.observer.spec.is_nvfp4:
+            return Solved(rounded, input_global_scale=statistic.global_scale())
+        scale, zero = statistic.qparams(self._context.source.dtype)
+        return Solved(rounded, input_scale=scale, input_zero_point=zero)
+
+    def _tell(self, done: _Done) -> None:
+        row = self._context.report.row(done.path)
+        row.error = done.error.relative
+        row.seconds = (row.seconds or 0.0) + done.seconds
+        if (outcome := done.outcome) is None:
+            return
+        row.output_error, row.nearest_output_error = outcome.relative(outcome.error), outcome.relative(outcome.before)
+        row.damping, row.dead_columns = outcome.damping, outcome.dead_columns
+
+    def _tell_transformed(self, result: Transformed, seconds: float) -> None:
+        for path in result.rescale.asked:
+            row = self._context.report.row(path)
+            row.transform, row.ratio = result.rescale.transform.name, result.ratio
+            row.transform_gain = result.gain
+            row.seconds = (row.seconds or 0.0) + seconds / len(result.rescale.asked)
+
+
+def _global_scales(todo: list[Item], weights: Mapping[str, Tensor]) -> dict[Node, Tensor]:
+    """NVFP4's global scale of each linear, one for all members of a fusion group: runtimes do not rescale."""
+    groups: dict[object, list[Node]] = {}
+    for node, quant in todo:
+        assert quant.scheme is not None
+        if quant.scheme.weights.is_nvfp4:
+            groups.setdefault(need(node, Role).fusion_group or node, []).append(node)
+    found: dict[Node, Tensor] = {}
+    for nodes in groups.values():
+        amax = torch.stack([weight_amax(weights[f"{need(n, Leaf).path}.weight"]) for n in nodes]).max()
+        found |= dict.fromkeys(nodes, nvfp4_global_scale(amax))
+    return found
+
+
+def _by_consumer(statistics: Iterable[S]) -> dict[str, S]:
+    """The statistic of each linear that uses one, by module path."""
+    return {path: statistic for statistic in statistics for path in statistic.observer.consumers}
