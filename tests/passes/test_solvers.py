@@ -111,8 +111,7 @@ def test_importance_that_nothing_measures_is_refused_before_anything_runs() -> N
     with pytest.raises(
         ConfigError, match=r"nothing measures those of model\.layers\.0\.mlp\.down_proj\n.*importance: true"
     ):
-        Calibrate(scales="importance").begin(graph, context)
-    Calibrate(scales="mse").begin(graph, context)
+        Calibrate(scales="importance").prepare(graph, context)
 
 
 def test_lowering_removes_every_observer() -> None:
