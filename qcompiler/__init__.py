@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.requirements import check_transformers
-
 if TYPE_CHECKING:
     from qcompiler.compiler import Plan, Result, compile, plan
     from qcompiler.data import CalibrationSpec
@@ -61,5 +59,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
+    from qcompiler.requirements import check_transformers  # here: the command line answers whoever interrupts imports
+
     check_transformers()
     return getattr(import_module(_HOME[name]), name)

@@ -110,7 +110,7 @@ def test_commands_of_the_readme_exist() -> None:
     """Every `qcompiler` line is one that the command line parses; every file and make target is there."""
     from typer.main import get_command
 
-    from qcompiler.cli import app
+    from qcompiler.cli.commands import app
 
     text = README.read_text(encoding="utf-8")
     commands = re.findall(r"^    qcompiler (.+?)(?:  +#.*)?$", text, re.MULTILINE)

@@ -42,7 +42,8 @@ def arguments(*args: object) -> list[str]:
 def environment(packages: Path | None = None) -> dict[str, str]:
     """The environment of a process that goes to no network. packages: a folder of further installed packages."""
     said = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **said, **({"PYTHONPATH": str(packages)} if packages else {})}
+    path = os.pathsep.join(filter(None, [packages and str(packages), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **said, "PYTHONPATH": path}
 
 
 def start(*args: object, packages: Path | None = None, **options: Any) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import contents, finish, pipeline_file, start
+from tests.cli.command import contents, finish, pipeline_file, start, write
 from tests.cli.conftest import Run
 from tests.pipeline.conftest import Install
 
@@ -122,8 +122,19 @@ def test_control_c_leaves_the_old_output_alone_and_no_traceback(
     process = stalled(model, results, packages, stalling)
     process.send_signal(signal.SIGINT)
     ran = finish(process)
-    assert (ran.code, ran.out, ran.err.strip()) == (130, "", "")
+    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
     assert contents(results) == old
+
+
+@pytest.mark.parametrize("library", ["typer", "torch"])
+def test_control_c_while_libraries_are_imported_is_one_line_too(library: str, tmp_path: Path, results: Path) -> None:
+    write(tmp_path / f"{library}.py", "print('importing', flush=True)\nfrom time import sleep\nsleep(600)\n")
+    process = start("compile", "none", "-p", "w8a8", "-o", results / "out", packages=tmp_path)
+    assert process.stdout
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    ran = finish(process)
+    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
 
 
 def test_a_defect_keeps_its_traceback_and_leaves_no_partial_folder(

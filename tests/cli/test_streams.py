@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from qcompiler import cli
+from qcompiler.cli import commands
 from tests.cli.command import arguments, environment, finish, pipeline_file, start
 from tests.cli.conftest import Run
 from tests.pipeline.conftest import Install
 
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(commands.app).commands  # type: ignore[attr-defined]
 
 
 def test_the_version_is_that_of_the_package(run: Run) -> None:
@@ -53,7 +53,7 @@ def test_help_imports_no_library_of_models() -> None:
     """It answers at once."""
     code = """
 import sys
-from qcompiler.cli import app
+from qcompiler.cli.commands import app
 try:
     app(["compile", "--help"])
 except SystemExit:

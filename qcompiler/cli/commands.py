@@ -1,24 +1,20 @@
-"""The command line. Errors are one message on standard error and exit code 2."""
+"""The commands and their options."""
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcompiler.cli.streams import print_json, print_result, progress_bar, quiet_libraries
 from qcompiler.errors import QCompilerError
 from qcompiler.requirements import check_transformers
 
 if TYPE_CHECKING:
     from qcompiler.ir.graph import Graph
-    from qcompiler.report import Report
 
 app = typer.Typer(
     name="qcompiler",
@@ -29,12 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_QUIET = {
-    "TQDM_DISABLE": "1",
-    "LOGURU_LEVEL": "ERROR",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}
 _DATA_OPTIONS = (
     "config_name",
     "split",
@@ -47,15 +37,14 @@ _DATA_OPTIONS = (
     "batch_tokens",
 )
 _TEXT_OPTIONS = ("config_name", "split", "text_column", "sequence_length", "sequences")
-_PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
-def main() -> None:
-    """Entry point of the `qcompiler` command."""
-    with _quiet_libraries():
+def run() -> None:
+    """Run the command that `sys.argv` holds, and exit with 2 where the input is bad, 130 where it was interrupted."""
+    with quiet_libraries():
         try:
             check_transformers()
-            app()
+            app(prog_name="qcompiler")
         except QCompilerError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -163,7 +152,7 @@ def compile(
     )
     if print_pipeline:
         _print_yaml(pipeline)
-    with _progress(downloads=not Path(model).is_dir()) as progress:
+    with progress_bar(downloads=not Path(model).is_dir()) as progress:
         result = run(
             model,
             pipeline=pipeline,
@@ -179,9 +168,9 @@ def compile(
             progress=progress,
         )
     if json:
-        _print_json(result.report.as_dict())
+        print_json(result.report.as_dict())
     else:
-        _print_report(result.report)
+        print_result(result.report)
         print(f"wrote {result.output}")
 
 
@@ -217,9 +206,9 @@ def plan(
         show=_printer(print_after, pipeline, planning=True),
     )
     if json:
-        _print_json(planned.report.as_dict())
+        print_json(planned.report.as_dict())
     else:
-        _print_report(planned.report)
+        print_result(planned.report)
 
 
 @app.command()
@@ -265,7 +254,7 @@ def verify(
         trust_remote_code=trust_remote_code,
     )
     if json:
-        _print_json(asdict(verification))
+        print_json(asdict(verification))
     else:
         print(verification)
 
@@ -300,28 +289,6 @@ def _print_yaml(pipeline: str) -> None:
     print(print_pipeline(load_pipeline(pipeline)))
 
 
-def _print_json(data: Mapping[str, Any]) -> None:
-    from json import dumps
-
-    print(dumps(data, indent=2, default=str))
-
-
-def _print_report(report: Report) -> None:
-    """As wide as the terminal; piped, as wide as the table, with no spaces at the ends of lines."""
-    from io import StringIO
-
-    from rich.console import Console
-
-    from qcompiler.show import print_report
-
-    if sys.stdout.isatty():
-        print_report(report, Console(highlight=False))
-        return
-    text = StringIO()
-    print_report(report, Console(file=text, width=_PIPED_WIDTH, highlight=False))
-    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
-
-
 def _printer(names: list[str] | None, pipeline: str, *, planning: bool = False) -> Callable[[str, Graph], None] | None:
     if not names:
         return None
@@ -331,61 +298,3 @@ def _printer(names: list[str] | None, pipeline: str, *, planning: bool = False) 
 
     check_print_after(names, load_pipeline(pipeline), planning=planning)
     return lambda name, graph: print(f"after {name}:\n{print_graph(graph)}") if name in names else None
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep bars, log lines and warnings of libraries off the streams; what matters of them reaches us as exceptions.
-
-    Through the environment, because the libraries are not imported yet, and must not be for `--help`.
-    """
-    quiet = dict(_QUIET)
-    if not sys.stderr.isatty():
-        quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    added = {name: value for name, value in quiet.items() if name not in os.environ}
-    os.environ.update(added)
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            if not sys.warnoptions:  # who runs `python -W` wants to see them
-                warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-        for name in added:
-            os.environ.pop(name, None)
-
-
-@contextmanager
-def _progress(*, downloads: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar with the time left on a terminal, nothing where output is piped.
-
-    Where a model may be downloaded first, it starts with the first partition: until then the hub shows its own bars.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
-    )  # graphs that are printed into a file stay out of the bar's stream
-    task = bar.add_task("capture", total=None)
-
-    def update(what: str, done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, description=what, completed=done, total=total)
-
-    if not downloads:
-        bar.start()
-    try:
-        yield update
-    finally:
-        bar.stop()
-
-
-if __name__ == "__main__":
-    main()
