@@ -15,6 +15,7 @@ from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set
 from qcompiler.ir.fusion import check_fusion
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.patterns.nearest import why_no_structure
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, QuantSpec, Scheme, SchemeField, Strategy
@@ -66,7 +67,7 @@ class Assign(GraphPass):
         leaves = [node for node, leaf in graph.leaves() if leaf.kind is not LeafKind.NORM]
         find = partial(select.find, layer_count=graph.layer_count)
         ignored = self._ignore(leaves, find, context.running or self.name)
-        scope = _Scope([node for node in leaves if node not in ignored], ignored, find)
+        scope = _Scope(graph, [node for node in leaves if node not in ignored], ignored, find)
         asked: dict[Node, tuple[Rule, str]] = {}  # by whom; the last word counts
         for number, rule in enumerate(self.rules, 1):
             who = f"{context.running or self.name}: rule {number}"
@@ -120,7 +121,7 @@ class Assign(GraphPass):
                 return ()
             raise RuleError(
                 f"{who} {rule.select} matches no linear{scope.instead(rule.select)}; "
-                f"{selection.explain(rule.select, linears)}",
+                f"{selection.explain(rule.select, linears)}{scope.nearest(rule.select)}",
                 hint="mend its keys, or say `optional: true`: `qcompiler plan` lists what the model has",
             )
         if not rule.optional:
@@ -189,6 +190,7 @@ def _per_channel(scheme: Scheme, in_features: int) -> Scheme | None:
 class _Scope:
     """What rules may select from, what they may not because it is ignored, and how to look."""
 
+    graph: Graph
     candidates: list[Node]
     ignored: dict[Node, str]
     find: Find
@@ -201,6 +203,11 @@ class _Scope:
             return f" (only {kinds}: {others[0].path}, which is not quantized)"
         hidden = self.find(wanted, list(self.ignored)).nodes if self.ignored else ()
         return f" ({need(hidden[0], Leaf).path} is hidden by {self.ignored[hidden[0]]})" if hidden else ""
+
+    def nearest(self, wanted: Select) -> str:
+        """What came nearest to structures that it names and the model does not have, if any."""
+        near = why_no_structure(self.graph, wanted.structure or ())
+        return f"; {near}" if near else ""
 
 
 def _decided(scheme: Scheme | None, rule: Rule, because: tuple[str, ...]) -> Quant:

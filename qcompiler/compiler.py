@@ -24,6 +24,7 @@ from qcompiler.errors import ConfigError, DataError
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
 from qcompiler.lowering.predict import predict
+from qcompiler.patterns.nearest import unplaced
 from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pipeline
 from qcompiler.pipeline.base import Destination
 from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes
@@ -186,7 +187,7 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
     start = perf_counter()
     graph, notes = capture_and_prove(source.model, trust_remote_code=request.trust_remote_code)
     report.timings.append(Timing("capture", perf_counter() - start))
-    for note in notes:
+    for note in (*notes, *unplaced(graph)):
         report.info(note)
     context = Context(source, report, target=request.target)
     run_graph_passes(graph, request.pipeline, context, show=request.show)

@@ -86,7 +86,7 @@ def _lowered_graph(source: ModelSource, reader: CompressedReader) -> Graph:
     graph.kv_cache = reader.config.kv_cache
     lower_graph(graph)
     if graph.kv_cache is not None:
-        for cached in list(cached_tensors(graph)):
+        for cached in cached_tensors(graph):
             stand_between(graph, cached.node, fake_quantize_cache, cached.path, cached.part)
     graph.stage = Stage.LOWERED
     return graph

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from qcompiler.errors import LegalityError
 from qcompiler.ir.annotations import Scope, need
-from qcompiler.ir.fx import Node, is_op, tensor_arg
+from qcompiler.ir.fx import Node, is_op, tensor_arg, value
 from qcompiler.ir.graph import Graph
-from qcompiler.patterns.transformer import FUSED_ATTENTION
+from qcompiler.patterns.language import Match
+from qcompiler.patterns.nearest import nearest
+from qcompiler.patterns.transformer import ATTENTIONS, FUSED_ATTENTION
 
+_MEND = "remove kv_cache from assign"
 _REPEATS = ("aten.reshape", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.repeat_interleave")
 
 
@@ -23,16 +26,57 @@ class Cached:
     node: Node
 
 
-def cached_tensors(graph: Graph) -> Iterator[Cached]:
-    """Keys and values of every attention that is one operation, in the order in which they run."""
-    for match in list(FUSED_ATTENTION.matches(graph)):
-        path = need(match.anchor, Scope).calls[-1][1]
-        yield Cached(path, "key", _before_repeat(match.anchor, 1))
-        yield Cached(path, "value", _before_repeat(match.anchor, 2))
+def cached_tensors(graph: Graph) -> list[Cached]:
+    """Keys and values of every attention, in the order in which they run.
+
+    Of an attention that is written out, the keys are what the scores' product has on its right, transposed: its columns
+    are what the softmax runs over. Raises `LegalityError` where there is none, where one is not understood, and where
+    its keys or values have no heads of their own.
+    """
+    found = [cached for node in graph.nodes for cached in _cached_at(node)]
+    # Eager attention is no operation of its own: many a product is none, and no miss.
+    if not found or FUSED_ATTENTION.near_misses(graph):
+        raise LegalityError(
+            "the KV cache cannot be quantized: the model has "
+            f"{'an' if found else 'no'} attention whose keys and values {'are not' if found else 'are'} found; "
+            f"{nearest(graph, (FUSED_ATTENTION,) if found else ATTENTIONS)}",
+            hint=_MEND,
+        )
+    for cached in found:
+        if value(cached.node).dim() != 4:
+            raise LegalityError(
+                f"the KV cache cannot be quantized: %{cached.node.name}, the {cached.part} of {cached.path}, is not "
+                f"[batch, heads, tokens, features] but {list(value(cached.node).shape)}",
+                hint=_MEND,
+            )
+    return found
 
 
-def _before_repeat(attention: Node, operand: int) -> Node:
-    node = tensor_arg(attention, operand)
+def _cached_at(node: Node) -> tuple[Cached, ...]:
+    for pattern in ATTENTIONS:
+        match = pattern.try_at(node) if pattern.anchor.holds(node) else None
+        if isinstance(match, Match):
+            path = need(node, Scope).calls[-1][1]
+            fused = pattern is FUSED_ATTENTION
+            keys = tensor_arg(node, 1) if fused else _keys(match.one("scores"))
+            values = tensor_arg(node, 2 if fused else 1)
+            return Cached(path, "key", _before_repeat(node, keys)), Cached(path, "value", _before_repeat(node, values))
+    return ()
+
+
+def _keys(scores: Node) -> Node | None:
+    """The keys of the product that makes scores, before they are transposed."""
+    columns = tensor_arg(scores, 2 if is_op(scores, "aten.baddbmm") else 1)
+    if columns is None or not is_op(columns, "aten.transpose"):
+        raise LegalityError(
+            f"the KV cache cannot be quantized: %{scores.name} makes an attention's scores, and its right side is no "
+            "transposition of keys",
+            hint=_MEND,
+        )
+    return tensor_arg(columns, 0)
+
+
+def _before_repeat(attention: Node, node: Node | None) -> Node:
     while node is not None and is_op(node, *_REPEATS):
         node = tensor_arg(node, 0)
     assert node is not None, f"%{attention.name} attends to something that is no tensor"

@@ -49,7 +49,11 @@ def leaf(*kinds: LeafKind) -> Test:
         fact = get(node, LeafFact)
         return fact is not None and fact.kind in kinds
 
-    return Test("a " + " or ".join(kinds), holds)
+    return Test(f"{'an' if kinds[0] is LeafKind.EMBEDDING else 'a'} {' or '.join(map(_word, kinds))}", holds)
+
+
+def _word(kind: LeafKind) -> str:
+    return "block of experts" if kind is LeafKind.EXPERTS else str(kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ def test_keys_all_hold_and_lists_mean_any_of(select: dict[str, Any], wanted: lis
         ({"layers": "2:"}, "the model has layers 0 to 1"),
         ({"min_parameters": 20481}, "the largest has 20480 parameters"),
         ({"structure": "router"}, "the model has structures attention-input, attention-output, lm-head, mlp-input"),
+        ({"structure": "router"}, "; no router, nearest: whatever could be one has another place"),
         ({"structure": "mlp-output", "layers": 2}, f"nearest: {FIRST}.mlp.down_proj (but for layers: 0); {LAST}"),
         ({"name": "*.o_proj", "structure": "mlp-output"}, f"{FIRST}.self_attn.o_proj (but for structure: attention-"),
         ({"name": "*.o_proj", "min_parameters": 9999}, f"{FIRST}.self_attn.o_proj (but for min_parameters: 4096)"),

@@ -16,17 +16,18 @@ from transformers import PreTrainedModel
 from qcompiler.capture.twin import build_twin
 from qcompiler.errors import LegalityError
 from qcompiler.ir.annotations import Leaf, Observer, get, need
-from qcompiler.ir.fx import value
+from qcompiler.ir.fx import is_op, tensor_arg, value
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.printer import Printer, print_graph
+from qcompiler.patterns.vocabulary import SDPA
 from qcompiler.runtime.evaluate import evaluate
 from qcompiler.scheme import PRESETS, Strategy, preset
 from tests.capture.models import captured
 from tests.conftest import Golden
 from tests.ir.graphs import insert, leaf, observers
-from tests.passes.models import assign, block, recurrent, rule, run
+from tests.passes.models import assign, block, copied, recurrent, rule, run
 from tests.renaming import renamed
 from tests.zoo import tiny_config
 
@@ -167,7 +168,9 @@ def test_what_runs_in_several_partitions_cannot_be_measured_in_one(
 # --- the key/value cache ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model_type", "heads"), [("mixtral", 2), ("falcon", 1), ("gpt2", 4)])
+@pytest.mark.parametrize(
+    ("model_type", "heads"), [("mixtral", 2), ("falcon", 1), ("gpt2", 4), ("gpt_oss", 2), ("bloom", 4), ("mpt", 4)]
+)
 def test_keys_and_values_are_observed_as_they_enter_the_cache(model_type: str, heads: int) -> None:
     """Before grouped-query attention repeats their heads, and by the name of the attention."""
     graph = run(model_type, assign(kv_cache={"strategy": "attn_head"}), "insert-observers").graph
@@ -190,9 +193,24 @@ def test_layers_that_share_keys_and_values_observe_them_for_each() -> None:
     assert sorted(owners) == [f"model.layers.{index}.self_attn" for index in range(3)]
 
 
-def test_a_cache_without_an_attention_operation_is_refused() -> None:
-    with pytest.raises(LegalityError, match="has no attention operation to observe keys and values at") as error:
-        run("mpt", assign(kv_cache={}), "insert-observers")
+def test_an_attention_that_is_not_understood_is_refused_with_what_is_in_the_way() -> None:
+    graph = copied(captured("llama"))
+    attention = next(node for node in graph.nodes if is_op(node, SDPA))
+    key = tensor_arg(attention, 1)
+    assert key is not None
+    with graph.fx.inserting_before(attention):
+        sine = graph.fx.call_function(torch.ops.aten.sin.default, (key,))
+    sine.meta |= key.meta
+    attention.replace_input_with(key, sine)
+    with pytest.raises(LegalityError) as error:
+        run(graph, assign(kv_cache={}), "insert-observers")
+    assert error.value.message.startswith(
+        "the KV cache cannot be quantized: the model has an attention whose keys and "
+    )
+    assert f"walking back from %{attention.name} to key (a linear or conv1d) stopped at %{sine.name} (aten.sin)" in (
+        error.value.message
+    )
+    assert error.value.message.endswith(", in model.layers.0.self_attn")
     assert error.value.hint == "remove kv_cache from assign"
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import qcompiler
 from qcompiler import CalibrationSpec, Result
-from qcompiler.errors import QCompilerError
+from qcompiler.errors import LegalityError, QCompilerError
 from qcompiler.ir.ops import fake_quantize_cache
 from tests.compile.tiny import (
     ATTENTION,
@@ -93,6 +93,24 @@ def test_transformers_rounds_the_cache_as_the_compiled_graph_does(family: str, s
     rounded = [node for node in result.graph.nodes if node.target is fake_quantize_cache]
     assert len(rounded) == len(scales(result.output)) == 4
     assert qcompiler.verify(result.output).difference == 0
+
+
+def test_an_attention_that_is_written_out_rounds_its_cache_too(tmp_path: Path) -> None:
+    """Its softmax runs over sinks as well, and its keys are repeated for groups of queries."""
+    source = save_tiny(tmp_path / "source", "gpt_oss")
+    result = compiled(source, tmp_path / "output", rule(ATTENTION, "FP8_DYNAMIC"), strategy="attn_head")
+    found, dense = scales(result.output), cached(source)
+    assert found.keys() == dense.keys()
+    assert {tuple(scale.shape) for scale in found.values()} == {(2, 1, 1)}
+    assert qcompiler.verify(result.output).difference == 0
+
+
+def test_a_cache_that_transformers_does_not_round_is_refused(tmp_path: Path) -> None:
+    """compressed-tensors finds caches by names of linears that Bloom does not have."""
+    source = save_tiny(tmp_path / "source", "bloom")
+    with pytest.raises(LegalityError, match=r"unexpected_keys: \['\S*h.0.self_attention.k_scale'") as error:
+        compiled(source, tmp_path / "output", rule(MLP, INT8))
+    assert "remove kv_cache from assign" in str(error.value.hint)
 
 
 def test_layers_after_a_rounded_cache_are_measured_after_it(source: Path, tmp_path: Path) -> None:
