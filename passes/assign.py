@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -62,6 +62,9 @@ class Assign(GraphPass):
     ignore: tuple[Select, ...] = ()
     on_indivisible: Literal["error", "channel", "dense"] = "error"
     kv_cache: KVCacheSpec | None = None
+
+    def algorithms_named(self) -> Iterable[str]:
+        return (_decided(rule.scheme, rule, ()).algorithm for rule in self.rules if rule.scheme is not None)
 
     def run(self, graph: Graph, context: Context) -> None:
         leaves = [node for node, leaf in graph.leaves() if leaf.kind is not LeafKind.NORM]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from qcompiler import select
+from qcompiler.data import CalibrationSpec
 from qcompiler.errors import ConfigError, RuleError, did_you_mean
 from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Role, get_quant, need, set_quant
 from qcompiler.ir.fx import Node
@@ -29,7 +30,8 @@ class Calibrate(StreamingPass):
     Later partitions see what earlier ones became; with `propagate: false`, what they were.
 
     A pipeline may have several, each a run of its own over the data, that starts from the model as the one before left
-    it: `select` and `algorithms` (such as `awq`, `gptq`, `smoothquant+gptq`) say which linears are its own.
+    it: `select` and `algorithms` (such as `awq`, `gptq`, `smoothquant+gptq`) say which linears are its own, and `calibration` what data it
+    sees (default: what the compilation is given).
     """
 
     name: ClassVar[str] = "calibrate"
@@ -40,6 +42,14 @@ class Calibrate(StreamingPass):
     propagate: bool = True
     select: tuple[Select, ...] = ()
     algorithms: tuple[str, ...] = ()
+    calibration: CalibrationSpec | None = None
+
+    def apart(self, algorithms: tuple[str, ...]) -> tuple[StreamingPass, ...]:
+        mine = self.algorithms or algorithms
+        return tuple(replace(self, algorithms=(name,)) for name in algorithms if name in mine)
+
+    def calibration_data(self) -> CalibrationSpec | None:
+        return self.calibration
 
     def prepare(self, graph: Graph, context: Context) -> None:
         """Claim what this run solves: linears that no earlier run has claimed."""

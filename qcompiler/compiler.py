@@ -27,7 +27,8 @@ from qcompiler.lowering.predict import predict
 from qcompiler.patterns.nearest import unplaced
 from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pipeline
 from qcompiler.pipeline.base import Destination
-from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes
+from qcompiler.pipeline.independent import independent_runs
+from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes, sweeps
 from qcompiler.pipeline.registry import providers
 from qcompiler.report import Report, Timing
 from qcompiler.runtime.memory import trim_memory
@@ -90,15 +91,17 @@ def plan(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    independent: bool = False,
     show: Printer | None = None,
 ) -> Plan:
     """Capture, annotate and legalize, and predict every tensor. Nothing is calibrated and no weight is read.
 
     model: folder, hub id or loaded model. pipeline: packaged name, YAML file or passes. target: as `legalize` takes
-    it. show: called with each pass's name and the graph after it. Raises a `QCompilerError` for whatever would fail
+    it. independent: give each algorithm that the rules name a run of its own over the data. show: called with each
+    pass's name and the graph after it. Raises a `QCompilerError` for whatever would fail
     later.
     """
-    chosen = load_pipeline(pipeline)
+    chosen = _chosen(pipeline, independent)
     request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, show, _silent)
     with _open(request, reads_weights=False) as source:
         if source.has_weights:
@@ -121,12 +124,13 @@ def compile(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    independent: bool = False,
     show: Printer | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compile a model to a compressed-tensors checkpoint in `output`.
 
-    model, pipeline, target, show: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec` that
+    model, pipeline, target, independent, show: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec` that
     names one, or rows (strings, chats, token ids); needed only by pipelines that measure activations. sampling: how
     many samples are taken of such rows, how long, in which order (a `CalibrationSpec` without a dataset). tokenizer: of
     a loaded model, which brings none. device: where partitions are run and solved. progress: called with what is done,
@@ -141,7 +145,7 @@ def compile(
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
     sampled = _sampled(calibration, sampling)
-    chosen = load_pipeline(pipeline)
+    chosen = _chosen(pipeline, independent)
     if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
     progress = progress or _silent
@@ -155,9 +159,15 @@ def compile(
         gc.collect()  # tracing leaves cycles behind
         trim_memory()
         context.provenance |= context.source.identity()
-        _load_data(sampled, graph, context)
+        _load_data(sampled, chosen, graph, context)
         run_streaming_passes(graph, chosen, context, show=show)
     return Result(graph, planned, context.report, destination.folder)
+
+
+def _chosen(pipeline: PipelineLike, independent: bool) -> Pipeline:
+    check_type("independent", independent, bool, "True or False")
+    chosen = load_pipeline(pipeline)
+    return independent_runs(chosen) if independent else chosen
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -210,27 +220,41 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
     return context, graph
 
 
-def _load_data(sampled: _Sampled | None, graph: Graph, context: Context) -> None:
+def _load_data(sampled: _Sampled | None, pipeline: Pipeline, graph: Graph, context: Context) -> None:
     """Load calibration data where something in the graph measures it, before anything is written or computed."""
     if not any(node.target is observe for node in graph.nodes):
         if sampled is not None:
             context.report.info("the calibration data was not read: nothing in this pipeline measures activations")
         return
-    if sampled is None:
+    runs = enumerate(sweeps(pipeline), 1)
+    own = {run: next((spec for item in items if (spec := item.calibration_data())), None) for run, items in runs}
+    used: dict[str, object] = {}
+    for run, spec in own.items():
+        if spec is not None:
+            context.own_data[run], used[f"run {run}"] = _loaded(spec, None, graph, context, f"calibration of run {run}")
+    if all(spec is not None for spec in own.values()):
+        if sampled is not None:
+            context.report.info("the calibration data was not read: every run of this pipeline names its own")
+    elif sampled is None:
         raise DataError(
             "this pipeline measures activations, and no calibration data was given",
             hint="pass --dataset (Python: calibration=), or use schemes whose activations are dynamic",
         )
-    spec, rows = sampled
-    context.data = _tokens(spec, rows, graph, context.source)
-    for note in context.data.notes:
-        context.report.info(f"calibration: {note}")
-    context.provenance["calibration"] = {
-        **spec.model_dump(mode="json"),
-        "sequences": context.data.sequences,
-        "tokens": context.data.tokens,
-        "fingerprint": context.data.fingerprint,
-    }
+    else:
+        context.data, given = _loaded(*sampled, graph, context, "calibration")
+        used |= given
+    context.provenance["calibration"] = used
+
+
+def _loaded(
+    spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, context: Context, what: str
+) -> tuple[TokenData, dict[str, object]]:
+    """The tokens of a dataset, and what is to be remembered of them."""
+    data = _tokens(spec, rows, graph, context.source)
+    for note in data.notes:
+        context.report.info(f"{what}: {note}")
+    said = {"sequences": data.sequences, "tokens": data.tokens, "fingerprint": data.fingerprint}
+    return data, {**spec.model_dump(mode="json"), **said}
 
 
 def _sampled(calibration: CalibrationLike | None, sampling: CalibrationSpec | None) -> _Sampled | None:

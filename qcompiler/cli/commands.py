@@ -84,6 +84,9 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run mode
 PrintPipelineOption = Annotated[bool, typer.Option("--print-pipeline", help="First print the pipeline as YAML.")]
 ConfigNameOption = Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.")]
 TextColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text, or the chat.")]
+IndependentOption = Annotated[
+    bool, typer.Option("--independent", help="Give each algorithm that the rules name a run of its own over the data.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 PrintAfterOption = Annotated[
     list[str] | None,
@@ -126,6 +129,7 @@ def compile(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the new one is whole.")] = False,
+    independent: IndependentOption = False,
     print_after: PrintAfterOption = None,
     print_pipeline: PrintPipelineOption = False,
     json: JsonOption = False,
@@ -151,7 +155,7 @@ def compile(
         batch_tokens=batch_tokens,
     )
     if print_pipeline:
-        _print_yaml(pipeline)
+        _print_yaml(pipeline, independent)
     with progress_bar(downloads=not Path(model).is_dir()) as progress:
         result = run(
             model,
@@ -164,6 +168,7 @@ def compile(
             revision=revision,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            independent=independent,
             show=_printer(print_after, pipeline),
             progress=progress,
         )
@@ -182,6 +187,7 @@ def plan(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    independent: IndependentOption = False,
     print_after: PrintAfterOption = None,
     print_pipeline: PrintPipelineOption = False,
     json: JsonOption = False,
@@ -195,7 +201,7 @@ def plan(
     from qcompiler.compiler import plan as run
 
     if print_pipeline:
-        _print_yaml(pipeline)
+        _print_yaml(pipeline, independent)
     planned = run(
         model,
         pipeline,
@@ -203,6 +209,7 @@ def plan(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        independent=independent,
         show=_printer(print_after, pipeline, planning=True),
     )
     if json:
@@ -283,10 +290,12 @@ def _refuse_without(needed: str, context: typer.Context, names: Collection[str])
             raise typer.BadParameter(f"it needs {needed}", param_hint=written)
 
 
-def _print_yaml(pipeline: str) -> None:
+def _print_yaml(pipeline: str, independent: bool) -> None:
     from qcompiler.pipeline import load_pipeline, print_pipeline
+    from qcompiler.pipeline.independent import independent_runs
 
-    print(print_pipeline(load_pipeline(pipeline)))
+    chosen = load_pipeline(pipeline)
+    print(print_pipeline(independent_runs(chosen) if independent else chosen))
 
 
 def _printer(names: list[str] | None, pipeline: str, *, planning: bool = False) -> Callable[[str, Graph], None] | None:

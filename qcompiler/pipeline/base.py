@@ -8,7 +8,7 @@ the next is touched, and memory does not grow with depth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -24,6 +24,7 @@ from qcompiler.report import Report
 
 if TYPE_CHECKING:
     from qcompiler.data.batches import TokenData
+    from qcompiler.data.spec import CalibrationSpec
     from qcompiler.runtime.channels import ChannelStatistic
     from qcompiler.runtime.hessian import HessianStatistic
     from qcompiler.runtime.statistics import Statistic
@@ -42,6 +43,10 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Stage]]
     ensures: ClassVar[Stage | None] = None
 
+    def algorithms_named(self) -> Iterable[str]:
+        """The algorithms (see `Quant.algorithm`) that this pass may decide for some linear."""
+        return ()
+
 
 class GraphPass(Pass):
     """A pass over the whole graph. It reads no weight."""
@@ -53,6 +58,14 @@ class GraphPass(Pass):
 
 class StreamingPass(Pass):
     """A pass that works partition by partition."""
+
+    def apart(self, algorithms: tuple[str, ...]) -> tuple[StreamingPass, ...]:
+        """What takes this pass's place where each algorithm is to have a run of its own."""
+        return (self,)
+
+    def calibration_data(self) -> CalibrationSpec | None:
+        """The data that this pass's sweep is to see; None: what the whole compilation was given."""
+        return None
 
     def prepare(self, graph: Graph, context: Context) -> None:
         """Before any weight is read, when planning too: check and claim what the sweep `context.sweep` will do.
@@ -142,7 +155,8 @@ class Context:
 
     `source` is the model with its (lazily read) weights, `data` gives the calibration batches when a sweep needs them,
     `output` is where the checkpoint goes (None while planning), `running` what the graph pass that runs is called: its
-    name, numbered where the pipeline has several of that name. `sweep` counts the sweeps over the partitions, from 1.
+    name, numbered where the pipeline has several of that name. `sweep` counts the sweeps over the partitions, from 1;
+    `own_data` is what some of them see in place of `data`.
     """
 
     source: ModelSource
@@ -155,3 +169,4 @@ class Context:
     provenance: dict[str, object] = field(default_factory=dict)
     running: str = ""
     sweep: int = 1
+    own_data: dict[int, TokenData] = field(default_factory=dict)

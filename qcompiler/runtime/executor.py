@@ -165,12 +165,13 @@ def _watched(part: Partition, steps: Sequence[PartitionStep]) -> dict[Node, AnyO
 
 
 def _batches(context: Context) -> tuple[TokenBatch, ...]:
-    if context.data is None:
+    data = context.own_data.get(context.sweep, context.data)
+    if data is None:
         raise DataError(
             "a pass observes activations, and no calibration data was loaded",
             hint="insert observers before the first streaming pass, and give calibration data",
         )
-    return context.data.batches
+    return data.batches
 
 
 def _collect(flow: _Flow, work: PartitionWork, *, keep: bool) -> Statistics:
