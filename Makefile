@@ -36,7 +36,8 @@ $(DEVELOPMENT): $(RUNTIME)
 	@touch $@
 
 demo: $(RUNTIME)
-	$(BIN)/qcompiler compile $(DEMO)/model --pipeline int4-int8 --output $(OUT)/demo --overwrite
+	$(BIN)/qcompiler compile $(DEMO)/model --pipeline int4-int8 --dataset $(DEMO)/calibration.txt \
+	  --samples 128 --output $(OUT)/demo --overwrite
 	$(BIN)/qcompiler verify $(OUT)/demo --reference $(DEMO)/model --text $(DEMO)/evaluation.txt
 	@echo "the checkpoint is in $(OUT)/demo"
 

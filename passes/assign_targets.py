@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -90,6 +90,10 @@ class AssignTargets(GraphPass):
     kv_cache: KVCacheSpec | None = None
     notes: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
+
+    def algorithms_named(self) -> Iterable[str]:
+        groups = (group for assignment in self.assignments for group in assignment.groups)
+        return (group.quant(()).algorithm for group in groups if group.scheme is not None)
 
     def run(self, graph: Graph, context: Context) -> None:
         for text in self.notes:

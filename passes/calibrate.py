@@ -30,8 +30,8 @@ class Calibrate(StreamingPass):
     Later partitions see what earlier ones became; with `propagate: false`, what they were.
 
     A pipeline may have several, each a run of its own over the data, that starts from the model as the one before left
-    it: `select` and `algorithms` (such as `awq`, `gptq`, `smoothquant+gptq`) say which linears are its own, and `calibration` what data it
-    sees (default: what the compilation is given).
+    it: `select` and `algorithms` (such as `awq`, `gptq`, `smoothquant+gptq`) say which linears are its own, and
+    `calibration` what data it sees (default: what the compilation is given).
     """
 
     name: ClassVar[str] = "calibrate"

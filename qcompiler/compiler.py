@@ -130,11 +130,11 @@ def compile(
 ) -> Result:
     """Compile a model to a compressed-tensors checkpoint in `output`.
 
-    model, pipeline, target, independent, show: as for `plan`. calibration: a dataset (path or hub id), a `CalibrationSpec` that
-    names one, or rows (strings, chats, token ids); needed only by pipelines that measure activations. sampling: how
-    many samples are taken of such rows, how long, in which order (a `CalibrationSpec` without a dataset). tokenizer: of
-    a loaded model, which brings none. device: where partitions are run and solved. progress: called with what is done,
-    how far, of how much.
+    model, pipeline, target, independent, show: as for `plan`. calibration: a dataset (path or hub id), a
+    `CalibrationSpec` that names one, or rows (strings, chats, token ids); needed only by pipelines that measure
+    activations. sampling: how many samples are taken of such rows, how long, in which order (a `CalibrationSpec`
+    without a dataset). tokenizer: of a loaded model, which brings none. device: where partitions are run and solved.
+    progress: called with what is done, how far, of how much.
     Raises a `QCompilerError`, after which `output` is what it was before.
     """
     check_type("output", output, (str, Path), "a path")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qcompiler
-from qcompiler.demo import model_path
+from qcompiler.demo import calibration_text, model_path
 from qcompiler.ir.annotations import Leaf, Role, get
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import OPS
@@ -131,5 +131,6 @@ def test_commands_of_the_readme_exist() -> None:
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("MODEL", str(model_path())), "README.md", "exec"), {})
+    code = code.replace("MODEL", str(model_path())).replace("DATA", str(calibration_text()))
+    exec(compile(code.replace("samples=128", "samples=4"), "README.md", "exec"), {})
     assert (tmp_path / "OUT" / "config.json").exists()
