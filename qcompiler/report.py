@@ -22,7 +22,14 @@ class LayerRow:
     """One linear, bare linear or expert block.
 
     `bytes` are its tensors on disk, bias included; `dense_bytes` what they were. `bits_per_weight` counts scales and
-    zero points. `error` is ||W - Q||^2 / ||W||^2 of the weight, None where it stays dense or was not calibrated.
+    zero points. `error` is ||W - Q||^2 / ||W||^2 of the weight (as the transform left it), None where it stays dense or
+    was not calibrated.
+
+    Where solved with a Hessian: `output_error` is ||(W - Q) X||^2 / ||W X||^2, `nearest_output_error` the same of
+    rounding to nearest, `damping` what was added to the diagonal as a share of its mean, `dead_columns` how many inputs
+    are always zero. `transform` is what rescaled its inputs, `ratio` AWQ's exponent (None: no scale was best), and
+    `transform_gain` the output error of rounding to nearest with the scale as a share of that without. `seconds`: spent
+    on this layer alone.
     """
 
     path: str

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Set
 from torch import Tensor
 
 from qcompiler.formats import cache_scale, layout
-from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, get, get_quant, need, scheme_of
+from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Rescale, Role, get, get_quant, need, scheme_of
 from qcompiler.ir.fx import Node, value
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.sites import LISTED
@@ -71,9 +71,13 @@ def predict(graph: Graph, source: ModelSource, report: Report) -> None:
     paths = written_paths(graph, source)
     written = frozenset(paths)
     rows: dict[str, LayerRow] = {}
+    transforms = {
+        path: found.transform.name for node in graph.nodes if (found := get(node, Rescale)) for path in found.asked
+    }
     for node, leaf in graph.leaves():
         if leaf.kind in (*LISTED, LeafKind.EXPERTS) and leaf.path not in rows:
             rows[leaf.path] = _row(node, leaf, source, written)
+            rows[leaf.path].transform = transforms.get(leaf.path)
     report.layers = list(rows.values())
     dense = dense_bytes(paths, source)
     quantized = {leaf.path: (node, leaf) for node, leaf in graph.linears() if scheme_of(node) is not None}

@@ -205,8 +205,7 @@ class SolveStep(PartitionStep):
     def _tell_transformed(self, result: Transformed, seconds: float) -> None:
         for path in result.rescale.asked:
             row = self._context.report.row(path)
-            row.transform, row.ratio = result.rescale.transform.name, result.ratio
-            row.transform_gain = result.gain
+            row.ratio, row.transform_gain = result.ratio, result.gain
             row.seconds = (row.seconds or 0.0) + seconds / len(result.rescale.asked)
 
 
