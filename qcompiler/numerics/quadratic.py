@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_COLUMNS = 512
+_COLUMNS = 256
 
 
 def quadratic_form(rows: Tensor, hessian: Tensor) -> float:

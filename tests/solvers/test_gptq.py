@@ -106,7 +106,7 @@ def test_the_output_changes_less_than_by_rounding_to_nearest(name: str) -> None:
     start = nearest(weight, SPECS[name])
     solved, outcome = gptq(weight, hessian, start, GptqOptions())
     assert outcome.error < outcome.before
-    assert outcome.error == pytest.approx(output_error(weight, solved, hessian))
+    assert outcome.error == pytest.approx(output_error(weight, solved, hessian), rel=1e-4)
     difference = (weight - multiplied_out(solved)).double()
     assert outcome.error == pytest.approx(float((difference @ hessian.double() * difference).sum()), rel=1e-4)
     assert torch.equal(solved.scale.float(), start.scale.float())
@@ -123,6 +123,30 @@ def test_stacked_layers_are_solved_as_they_are_alone(name: str) -> None:
         part = replace(start, shape=shape, codes=start.codes[rows], scale=start.scale[rows], zero_point=zero)
         alone, _ = gptq(weight[rows], hessian, part, GptqOptions())
         assert torch.equal(alone.codes.view(torch.uint8), whole.codes[rows].view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_layers_of_one_input_are_solved_together_as_each_alone(name: str) -> None:
+    weight, hessian = layer(rows=96, columns=96)
+    parts = [weight[:32].bfloat16(), weight[32:48].bfloat16(), weight[48:].bfloat16()]
+    starts = [nearest(part, SPECS[name]) for part in parts]
+    factored = factor(hessian, GptqOptions(block_size=40))
+    together = solver.gptq_stacked(parts, factored, starts, GptqOptions(block_size=40))
+    for part, start, (solved, outcome) in zip(parts, starts, together, strict=True):
+        alone, expected = solver.gptq(part, factored, start, GptqOptions(block_size=40))
+        assert torch.equal(solved.codes.view(torch.uint8), alone.codes.view(torch.uint8))
+        assert solved.codes.is_contiguous()
+        assert (outcome.before, outcome.size) == (expected.before, expected.size)
+        assert outcome.error == pytest.approx(expected.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("damping", [0.0001, 0.01, 1.0])
+def test_the_error_is_that_of_the_output_where_damping_is_most_of_the_loss(damping: float) -> None:
+    weight, _ = layer(columns=96)
+    inputs = torch.randn(12, 96, generator=torch.Generator().manual_seed(5)) + 3
+    solved, outcome = gptq(weight, inputs.T @ inputs, nearest(weight, INT4), GptqOptions(damping=damping))
+    outputs = (weight - multiplied_out(solved)).double() @ inputs.double().T
+    assert outcome.error == pytest.approx(float(outputs.square().sum()), rel=1e-3)
 
 
 def test_the_block_size_changes_nothing_but_rounding() -> None:
