@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import qcompiler
 from qcompiler.ir.annotations import Structure
 from qcompiler.patterns.nearest import nearest, unplaced, why_no_structure
 from qcompiler.patterns.transformer import EAGER_ATTENTION, FUSED_ATTENTION, GATED_PRODUCT
 from tests.capture.models import captured
+from tests.compile.tiny import EVERYWHERE, pipeline, rule
 
 
 def test_the_nearest_miss_comes_first_and_layers_that_miss_alike_are_told_once() -> None:
@@ -37,3 +41,9 @@ def test_linears_of_layers_without_a_structure_are_told_by_kind_with_what_they_n
     assert (
         "nearest: mlp: what it reads is made of linears that have another place, model.layers.0.mlp.down_proj" in gate
     )
+
+
+def test_a_plan_says_so(tmp_path: Path) -> None:
+    captured("gemma3n_text").model.config.save_pretrained(tmp_path)
+    report = qcompiler.plan(tmp_path, pipeline(rule(EVERYWHERE, "FP8_DYNAMIC"))).report
+    assert set(unplaced(captured("gemma3n_text"))) <= {note.text for note in report.notes if note.kind == "info"}
