@@ -20,6 +20,7 @@ from qcompiler.ir.annotations import (
     get_quant,
     need,
     observed,
+    scheme_of,
 )
 from qcompiler.ir.edit import insert, stand_between
 from qcompiler.ir.fx import Node, tensor_arg
@@ -32,12 +33,14 @@ from qcompiler.patterns.cache import cached_tensors
 from qcompiler.patterns.place import place_transforms, rescales
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
+from qcompiler.report import Report
 from qcompiler.scheme import KVCacheSpec, QuantSpec
 from qcompiler.solvers.options import NEED_HESSIAN
 from qcompiler.transforms.options import AwqOptions
 
 Kind = Literal["minmax", "mse", "percentile"]
 Collected = TypeVar("Collected", HessianObserver, ChannelObserver)
+_NVFP4_WHOLE = "each group has a scale of its own, so a narrower global scale clips groups and refines none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,8 @@ class InsertObservers(GraphPass):
 
     Linears that read one tensor with one scheme share one observer, so q, k and v get equal scales as their fusion
     needs; a module that runs several times has one statistic of all its inputs. `inputs` and `kv_cache` choose the
-    statistic: the whole range, the range of least squared error, or a percentile of it. `importance` also measures how
-    large each input of every linear is, for `calibrate: {scales: importance}`.
+    statistic: the whole range, the range of least squared error (NVFP4's is the whole), or a percentile of it.
+    `importance` also measures how large each input of every linear is, for `calibrate: {scales: importance}`.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -55,13 +58,13 @@ class InsertObservers(GraphPass):
     ensures: ClassVar[Stage] = Stage.OBSERVED
 
     inputs: Kind = "minmax"
-    kv_cache: Literal["minmax"] = "minmax"
+    kv_cache: Kind = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     importance: bool = False
 
     def run(self, graph: Graph, context: Context) -> None:
         place_transforms(graph, context.report)
-        self._observe_inputs(graph)
+        self._observe_inputs(graph, context.report)
         quants = {node: quant for node, _ in graph.linears() if (quant := get_quant(node)) and quant.scheme}
         rescaled = self._rescaled(graph)
         hessians = {node: q.solver for node, q in quants.items() if q.solver in NEED_HESSIAN}
@@ -83,19 +86,19 @@ class InsertObservers(GraphPass):
         asked = {path for found in rescales(graph.nodes) for path in found.asked}
         rescaled = {node: names[leaf.path] for node, leaf in graph.linears() if leaf.path in names}
         for node, name in list(rescaled.items()):
-            path, quant = need(node, Leaf).path, get_quant(node)
-            static = quant is not None and needs_statistics(quant.scheme)
-            if static and self.inputs != "minmax":
+            path, scheme = need(node, Leaf).path, scheme_of(node)
+            spec = scheme.input_activations if scheme is not None and needs_statistics(scheme) else None
+            if spec is not None and self._kind(spec)[0] != "minmax":
                 raise ConfigError(
                     f"{self.name}: the input of {path} is rescaled by {name}, after which its {self.inputs} range "
                     "would be unknown",
                     hint="say inputs: minmax, or use a scheme whose activations are dynamic",
                 )
-            if path not in asked and not static:
+            if path not in asked and spec is None:
                 del rescaled[node]
         return rescaled
 
-    def _observe_inputs(self, graph: Graph) -> None:
+    def _observe_inputs(self, graph: Graph, report: Report) -> None:
         watched: dict[tuple[Node, QuantSpec], list[Node]] = {}
         for node, _ in graph.linears():
             quant = get_quant(node)
@@ -111,12 +114,21 @@ class InsertObservers(GraphPass):
             group = need(readers[0], Role).input_group
             id_ = next((ids[path] for path in paths if path in ids), f"{group}.{spec.short}")
             ids |= dict.fromkeys(paths, id_)
-            because = f"{self.name}: the input scale of {spec.short} is measured"
-            observer = Observer(id_, self.inputs, spec, "input", paths, (because,), self.percentile)
+            kind, because = self._kind(spec)
+            observer = Observer(id_, kind, spec, "input", paths, because, self.percentile)
             observed = insert(graph, observe, (source,), before=readers[0], like=source)
             annotate(observed, observer)
             for reader in readers:
                 reader.replace_input_with(source, observed)
+        if self.inputs == "mse" and any(spec.is_nvfp4 for _, spec in watched):
+            report.fallback(f"{self.name}: minmax instead of mse for nvfp4 inputs: {_NVFP4_WHOLE}")
+
+    def _kind(self, spec: QuantSpec) -> tuple[Kind, tuple[str, ...]]:
+        """What is collected for inputs of this spec, and why."""
+        because = f"{self.name}: the input scale of {spec.short} is measured"
+        if self.inputs == "mse" and spec.is_nvfp4:
+            return "minmax", (because, f"minmax instead of mse: {_NVFP4_WHOLE}")
+        return self.inputs, (because,)
 
     def _collect(self, graph: Graph, kind: type[Collected], wanted: Mapping[Node, str]) -> None:
         """One statistic for all linears of `wanted` that read one tensor; the values are what needs it."""
@@ -141,7 +153,9 @@ class InsertObservers(GraphPass):
         for cached in cached_tensors(graph):
             id_ = f"{cached.path}.{cached.part}"
             observed = stand_between(graph, cached.node, observe)
-            annotate(observed, Observer(id_, self.kv_cache, spec.numbers, cached.part, (cached.path,), (because,)))
+            paths = (cached.path,)
+            observer = Observer(id_, self.kv_cache, spec.numbers, cached.part, paths, (because,), self.percentile)
+            annotate(observed, observer)
 
 
 def _first(graph: Graph, nodes: list[Node]) -> Node:

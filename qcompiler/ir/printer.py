@@ -141,7 +141,8 @@ def _notes(node: Node) -> tuple[list[str], str]:
         notes += [f"run={quant.run}"] if quant.run not in (None, 1) else []
         because = ", ".join(quant.because)
     if observer is not None:
-        notes.append(f"{observer.kind} of {observer.purpose} for {observer.spec.short}  id={observer.id}")
+        kind = f"percentile {observer.percentile:g}" if observer.kind == "percentile" else observer.kind
+        notes.append(f"{kind} of {observer.purpose} for {observer.spec.short}  id={observer.id}")
         because = ", ".join(observer.because)
     collected = get(node, HessianObserver) or get(node, ChannelObserver)
     if collected is not None:

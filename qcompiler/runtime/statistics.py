@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,27 +12,25 @@ from qcompiler.ir.annotations import Observer
 from qcompiler.numerics import fake_quantize, nvfp4_global_scale, static_qparams
 from qcompiler.scheme import Strategy
 
-_OCTAVES = 48  # magnitudes from 2^-24 to 2^24; what lies outside goes to the nearest bin
-_PER_OCTAVE = 64  # a bin is 1.1% wide
-_BINS = _OCTAVES * _PER_OCTAVE
+_BINS = 2**16  # one for each bfloat16
+_CHUNK = 2**20  # elements counted at once: what is made on the way stays in the cache
 _SHRINKS = 80
 
 
 class Statistic:
     """The range of one observed tensor over all real tokens, per tensor or per head.
 
-    `percentile` and `mse` also keep counts of magnitudes in logarithmic bins, negative and positive apart, whose edges
-    do not depend on the data: updates commute, and two statistics could be added.
+    `percentile` and `mse` also count how often each value occurred, rounded to bfloat16: exact where the model computes
+    in it, within 0.4% elsewhere. Updates commute, and two statistics could be added.
     """
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self.tokens = 0
-        # NVFP4's global scale only places the scales of its groups: a narrower one clips groups, and refines none.
-        self._kind = "minmax" if observer.kind == "mse" and observer.spec.is_nvfp4 else observer.kind
-        self._low: Tensor | None = None
+        self._per_head = observer.spec.strategy is Strategy.ATTN_HEAD
+        self._low: Tensor | None = None  # [1] or [heads]
         self._high: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._counts: Tensor | None = None  # [1 or heads, _BINS], by the bits of the value
 
     def update(self, x: Tensor, mask: Tensor) -> None:
         """Take in `x` where `mask` (bool [B, S]) is true.
@@ -39,32 +39,42 @@ class Statistic:
 
         Raises `DataError` on NaN or infinity.
         """
-        per_head = self.observer.purpose != "input"
-        tokens = x.transpose(1, 2).flatten(0, 1) if per_head else x.reshape(mask.numel(), -1)
-        if not bool(mask.all()):
-            tokens = tokens[mask.flatten().to(tokens.device)]
-        if tokens.numel() == 0:
+        if not bool(mask.any()):
             return
-        keep_heads = per_head and self.observer.spec.strategy is Strategy.ATTN_HEAD
-        low, high = torch.aminmax(tokens.transpose(0, 1).flatten(1), dim=1) if keep_heads else torch.aminmax(tokens)
-        low, high = low.float(), high.float()
-        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        rows = self._rows(x, mask)
+        low, high = (torch.stack(ends).float() for ends in zip(*(torch.aminmax(row) for row in rows), strict=True))
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise DataError(
                 f"NaN or infinite activations enter {', '.join(self.observer.consumers)} during calibration",
                 hint="check the weights and the dtype: float16 overflows where bfloat16 does not",
             )
+        if not self._per_head:
+            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
-        self.tokens += tokens.shape[0]
-        if self._kind != "minmax":
-            self._count(tokens)
+        self.tokens += int(mask.sum())
+        if self.observer.kind != "minmax":
+            self._count(rows)
 
-    def _count(self, tokens: Tensor) -> None:
-        values = tokens.float().flatten()
-        bins = ((values.abs().clamp_min(1e-38).log2() + _OCTAVES / 2) * _PER_OCTAVE).floor().clamp_(0, _BINS - 1).long()
-        bins += (values > 0) * _BINS
-        counts = torch.bincount(bins, minlength=2 * _BINS).double()
-        self._counts = counts if self._counts is None else self._counts + counts
+    def _rows(self, x: Tensor, mask: Tensor) -> Sequence[Tensor]:
+        """Real tokens, in any order: of each head where heads have ranges of their own. Views where none is padding."""
+        cached = self.observer.purpose != "input"
+        if not bool(mask.all()):
+            mask = mask.to(x.device)
+            x = x.transpose(1, 2)[mask] if cached else x.reshape(mask.numel(), -1)[mask.flatten()]
+        elif cached and (self._per_head or not x.is_contiguous()):
+            x = x.transpose(1, 2)  # as projections make them: heads after tokens
+        return x.unbind(-2) if self._per_head else [x]
+
+    def _count(self, rows: Sequence[Tensor]) -> None:
+        if self._counts is None:
+            shape = (len(rows) if self._per_head else 1, _BINS)
+            self._counts = torch.zeros(shape, dtype=torch.int64, device=rows[0].device)
+        for index, row in enumerate(rows):
+            counts = self._counts[index if self._per_head else 0]
+            for part in torch.split(row.flatten(), _CHUNK):
+                bits = part.to(torch.bfloat16).view(torch.uint16)
+                counts += torch.bincount(bits.to(torch.int32), minlength=_BINS)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The range to quantize to, float32, a number or [heads]; zero lies in it.
@@ -77,16 +87,16 @@ class Statistic:
                 hint="use more calibration data, or a scheme whose activations are quantized dynamically",
             )
         low, high = self._low.clamp_max(0), self._high.clamp_min(0)
-        if self._kind == "percentile":
+        if self.observer.kind == "percentile":
             low, high = self._percentiles(low, high)
-        elif self._kind == "mse":
+        elif self.observer.kind == "mse":
             low, high = self._least_error(low, high)
-        return low, high
+        return (low, high) if self._per_head else (low[0], high[0])
 
     def replace(self, low: Tensor, high: Tensor) -> None:
         """Become the statistic of a tensor with another range, of which nothing else is known."""
-        assert self._kind == "minmax", "a histogram cannot follow"
-        self._low, self._high = low, high
+        assert self.observer.kind == "minmax", "a histogram cannot follow"
+        self._low, self._high = low.reshape(-1), high.reshape(-1)
 
     def qparams(self, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Static scale ([1] or [heads, 1, 1], `scale_dtype`) and zero point (int8, asymmetric only)."""
@@ -101,31 +111,38 @@ class Statistic:
         return nvfp4_global_scale(torch.maximum(-low, high))
 
     def _values(self) -> tuple[Tensor, Tensor]:
-        """Bin centres from the most negative to the most positive, and their counts."""
+        """The values that occurred, ascending (float32 [N]), and how often in each row (int64 [rows, N])."""
         assert self._counts is not None
-        centres = torch.exp2((torch.arange(_BINS, device=self._counts.device) + 0.5) / _PER_OCTAVE - _OCTAVES / 2)
-        negative, positive = self._counts.reshape(2, _BINS)
-        return torch.cat([-centres.flip(0), centres]), torch.cat([negative.flip(0), positive])
+        device = self._counts.device
+        # The bits of negative values count down: ascending, they come first and the other way round.
+        bits = torch.cat(
+            [torch.arange(_BINS - 1, _BINS // 2 - 1, -1, device=device), torch.arange(_BINS // 2, device=device)]
+        )
+        bits = bits[self._counts[:, bits].any(0)]
+        values = bits.to(torch.uint16).view(torch.bfloat16).float()
+        largest = torch.finfo(torch.bfloat16).max  # what lies between it and float32's largest was rounded to infinity
+        return values.clamp_(-largest, largest), self._counts[:, bits]
 
     def _percentiles(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest values with the given shares, of all in their row, at or below them."""
         values, counts = self._values()
-        share = counts.cumsum(0) / counts.sum()
-        upper = self.observer.percentile / 100
-        first = values[int((share >= 1 - upper).nonzero()[0])].float()
-        last = values[int((share >= upper).nonzero()[0])].float()
+        up_to = counts.cumsum(1).double()
+        inside = up_to[:, -1:] * (self.observer.percentile / 100)
+        first, last = (values[torch.searchsorted(up_to, share)[:, 0]] for share in (up_to[:, -1:] - inside, inside))
         return torch.maximum(low, first.clamp_max(0)), torch.minimum(high, last.clamp_min(0))
 
     def _least_error(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ranges shrunk step by step, the one with the least expected squared error over the histogram."""
+        """Of each row's range, shrunk step by step, the one with the least squared error over what occurred."""
+        spec = self.observer.spec
         values, counts = self._values()
-        used = counts > 0
-        values, counts = values[used].float(), counts[used].float()
-        best, least = 1.0, torch.tensor(float("inf"))
+        rows = values.expand(len(low), 1, -1)  # a cache's [heads, tokens, head size]
+        best, least = torch.ones_like(low), torch.full_like(low, torch.inf, dtype=torch.float64)
         for step in range(_SHRINKS):
             factor = 1 - step / _SHRINKS
-            scale, zero = static_qparams(low * factor, high * factor, self.observer.spec, scale_dtype=torch.float32)
-            rounded = fake_quantize(values[None], self.observer.spec, scale=scale, zero_point=zero)[0]
-            error = ((rounded - values).square() * counts).sum()
-            if bool(error < least):
-                best, least = factor, error
+            ends = [(end * factor).reshape(-1, 1, 1) for end in (low, high)]
+            scale, zero = static_qparams(ends[0], ends[1], spec, scale_dtype=torch.float32)
+            rounded = fake_quantize(rows, spec, scale=scale, zero_point=zero)
+            error = ((rounded - rows).double().square()[:, 0] * counts).sum(1)
+            best = torch.where(error < least, factor, best)
+            least = torch.minimum(error, least)
         return low * best, high * best

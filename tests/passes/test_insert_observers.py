@@ -129,6 +129,36 @@ def test_the_statistic_is_an_option(options: dict[str, Any], kind: str, percenti
     assert {need(node, Observer).kind for node in observers(graph, "key")} == {"minmax"}
 
 
+@pytest.mark.parametrize("kind", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_the_statistic_of_the_cache_is_an_option_of_its_own(strategy: str, kind: str) -> None:
+    options = {"kv_cache": kind, "percentile": 99.0}
+    rules = assign(rule("FP8", layers=0), kv_cache={"strategy": strategy})
+    graph = run(block(), rules, {"insert-observers": options}).graph
+    for part in ("key", "value"):
+        (node,) = observers(graph, part)
+        assert (need(node, Observer).kind, need(node, Observer).percentile) == (kind, 99.0)
+    assert {need(node, Observer).kind for node in observers(graph, "input")} == {"minmax"}
+
+
+def test_nvfp4_inputs_say_that_their_whole_range_is_collected_where_mse_was_asked_for() -> None:
+    """In the annotation and in the report; a percentile of them is collected as it was asked for."""
+    rules = assign(rule("FP8", structure="attention-input"), rule("NVFP4", structure="mlp-input"))
+    done = run(block(), rules, {"insert-observers": {"inputs": "mse"}})
+    found = {o.spec.short: o for node in observers(done.graph, "input") if (o := get(node, Observer))}
+    assert {spec: o.kind for spec, o in found.items()} == {"fp8/tensor": "mse", "nvfp4": "minmax"}
+    instead = "minmax instead of mse"
+    assert [text.startswith(instead) for text in found["nvfp4"].because] == [False, True]
+    assert not any(instead in text for text in found["fp8/tensor"].because)
+    (note,) = [(kind, text) for kind, text in done.notes if "instead" in text]
+    assert note == ("fallback", f"insert-observers: {instead} for nvfp4 inputs: {note[1].partition('inputs: ')[2]}")
+    for options in ({"inputs": "percentile"}, {}):
+        quiet = run(block(), rules, {"insert-observers": options})
+        assert not any(kind == "fallback" for kind, _ in quiet.notes)
+        kinds = {need(node, Observer).kind for node in observers(quiet.graph, "input")}
+        assert kinds == {options.get("inputs", "minmax")}
+
+
 # --- modules that run several times -----------------------------------------------------------------------------------
 
 

@@ -37,10 +37,16 @@ SAMPLING = CalibrationSpec(sequence_length=32, shuffle=False)
 STRATEGIES = ("tensor", "attn_head")
 
 
-def compiled(source: Path, output: Path, *rules: Mapping[str, Any], strategy: str | None = "tensor") -> Result:
+def compiled(
+    source: Path, output: Path, *rules: Mapping[str, Any], strategy: str | None = "tensor", **observers: Any
+) -> Result:
     cache = None if strategy is None else {"strategy": strategy}
     return qcompiler.compile(
-        source, pipeline=pipeline(*rules, kv_cache=cache), output=output, calibration=ROWS, sampling=SAMPLING
+        source,
+        pipeline=pipeline(*rules, kv_cache=cache, observers=observers),
+        output=output,
+        calibration=ROWS,
+        sampling=SAMPLING,
     )
 
 
@@ -79,6 +85,34 @@ def test_scales_are_those_of_what_enters_the_cache(source: Path, tmp_path: Path,
         if ".layers.0." in name:
             amax = dense[name].abs().amax((0, 2) if strategy == "attn_head" else (0, 1, 2))
             assert torch.equal(scale.flatten(), (amax / 448).to(torch.bfloat16).flatten())
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("tensor", "percentile"), ("attn_head", "mse")])
+def test_a_clipped_cache_has_the_scales_of_its_statistic_and_transformers_rounds_to_them(
+    source: Path, tmp_path: Path, strategy: str, kind: str
+) -> None:
+    result = compiled(source, tmp_path / "output", rule(MLP, INT8), strategy=strategy, kv_cache=kind, percentile=99.0)
+    dense, per_head = cached(source), strategy == "attn_head"
+    for name, scale in scales(result.output).items():
+        if ".layers.0." not in name:
+            continue  # what comes before it is quantized
+        rows = dense[name].transpose(0, 1).flatten(1) if per_head else dense[name].reshape(1, -1)
+        for row, found in zip(rows, scale.flatten(), strict=True):
+            largest = float(row.abs().max())
+            if kind == "percentile":
+                expected = max(float(row.quantile(0.99)), -float(row.quantile(0.01)))
+                assert 448 * float(found) == pytest.approx(expected, rel=0.02)
+                assert 448 * float(found) < 0.95 * largest
+            else:
+                errors = {s: fp8_error(row, s) for s in (float(found), largest / 448, 0.9 * largest / 448)}
+                assert min(errors.values()) >= 0.99 * errors[float(found)]
+    assert qcompiler.verify(result.output).difference == 0
+
+
+def fp8_error(x: Tensor, scale: float) -> float:
+    """The squared error of E4M3 with this scale."""
+    rounded = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return float((rounded - x).square().sum())
 
 
 @pytest.mark.parametrize(

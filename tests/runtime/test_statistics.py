@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, Literal
 
 import pytest
 import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize as library_fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +18,7 @@ from qcompiler.ir.annotations import Observer
 from qcompiler.numerics import fake_quantize, nvfp4_global_scale
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.scheme import QuantSpec, Strategy, preset
+from tests.numerics.library import library_args
 
 INT4 = QuantSpec(bits=4, strategy=Strategy.TENSOR)
 INT8 = QuantSpec(bits=8, strategy=Strategy.TENSOR)
@@ -168,13 +172,11 @@ def test_the_range_of_least_squared_error_beats_the_whole_range_and_fixed_percen
 
 
 @pytest.mark.parametrize("x", [heavy_tailed(), normal(1, 4000, 16)], ids=["outliers", "normal"])
-def test_nvfp4_clips_nothing_for_a_smaller_error(x: Tensor) -> None:
+def test_no_narrower_global_scale_of_nvfp4_makes_the_error_smaller(x: Tensor) -> None:
     """Each group has a scale of its own: a global scale for a part of the range serves no group better."""
     assert NVFP4 is not None
-    whole, found = statistic(spec=NVFP4), statistic("mse", NVFP4)
-    for each in (whole, found):
-        each.update(x, everything(x))
-    assert error(x, found) == error(x, whole)
+    whole = statistic(spec=NVFP4)
+    whole.update(x, everything(x))
     for factor in (0.5, 0.75, 0.9):
         rounded = fake_quantize(x, NVFP4, global_scale=nvfp4_global_scale(x.abs().max() * factor))
         assert float((rounded - x).double().square().sum()) > 0.999 * error(x, whole)
@@ -231,6 +233,92 @@ def test_the_global_scale_of_clipped_nvfp4_is_larger() -> None:
     clipped = statistic("percentile", NVFP4, percentile=99.0)
     clipped.update(x, everything(x))
     assert float(clipped.global_scale()) > 1.2 * float(nvfp4_global_scale(x.abs().max()))
+
+
+# --- against the data themselves, per tensor and per head -----------------------------------------------------------
+
+CACHED = normal(2, 3, 60, 16, seed=7)  # batch, heads, tokens, head size
+CACHED *= torch.tensor([1.0, 30.0, 0.01])[:, None, None] * torch.where(normal(2, 1, 60, 1, seed=8) > 2, 9.0, 1.0)
+PADDED = torch.ones(2, 60, dtype=torch.bool)
+PADDED[1, 40:] = False
+
+
+def rows_of(x: Tensor, spec: QuantSpec) -> list[Tensor]:
+    """The real values that share a range."""
+    real = x.transpose(1, 2)[PADDED]  # [tokens, heads, head size]
+    return [real[:, head].flatten() for head in range(3)] if spec.strategy is Strategy.ATTN_HEAD else [real.flatten()]
+
+
+def of_cache(kind: Kind, spec: QuantSpec, x: Tensor, percentile: float = 99.9) -> tuple[Tensor, Tensor]:
+    """The range of keys, taken in batch by batch, with one end for each that shares one."""
+    found = statistic(kind, spec, "key", percentile)
+    for states, mask in zip(x.split(1), PADDED.split(1), strict=True):
+        found.update(states, mask)
+    low, high = found.range()
+    assert low.shape == high.shape == ((3,) if spec.strategy is Strategy.ATTN_HEAD else ())
+    return low.reshape(-1), high.reshape(-1)
+
+
+def squared_error(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> float:
+    """Of quantizing `x` to a range as compressed-tensors does."""
+    args = library_args(QuantSpec(type=spec.type, bits=spec.bits, symmetric=spec.symmetric, strategy=Strategy.TENSOR))
+    scale, zero = calculate_qparams(low, high, args)
+    return float((library_fake_quantize(x, scale, zero, args) - x).double().square().sum())
+
+
+@pytest.mark.parametrize("spec", [FP8, PER_HEAD, INT8, INT4, INT8_ASYM], ids=lambda spec: spec.short)
+def test_the_least_error_is_that_of_trying_every_range_on_the_data(spec: QuantSpec) -> None:
+    x = CACHED.to(torch.bfloat16)  # whose values are counted as they are
+    for row, low, high in zip(rows_of(x.float(), spec), *of_cache("mse", spec, x), strict=True):
+        ends = [end.reshape(1) for end in torch.aminmax(row)]
+        shrunk = [[end * (1 - step / 80) for end in ends] for step in range(80)]
+        best = min(shrunk, key=lambda tried: squared_error(row, tried[0], tried[1], spec))
+        assert [low, high] == best
+        if spec is INT4:
+            assert high < 0.8 * ends[1]
+
+
+@pytest.mark.parametrize("spec", [FP8, PER_HEAD], ids=lambda spec: spec.short)
+@pytest.mark.parametrize("percentile", [95.0, 99.9, 100.0])
+def test_a_percentile_is_a_value_that_sorting_finds(spec: QuantSpec, percentile: float) -> None:
+    x = CACHED.to(torch.bfloat16)
+    for row, low, high in zip(rows_of(x.float(), spec), *of_cache("percentile", spec, x, percentile), strict=True):
+        ordered = row.sort().values
+        outside = int(len(ordered) * (1 - percentile / 100) + 1e-6)  # how many values are cut from the upper end
+        assert high == ordered[-1 - outside]
+        assert low == ordered[max(ceil(len(ordered) * (1 - percentile / 100) - 1e-6) - 1, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["minmax", "mse", "percentile"])
+def test_each_head_has_the_range_that_it_has_alone(kind: Kind, dtype: torch.dtype) -> None:
+    x = CACHED.to(dtype)
+    ranges = of_cache(kind, PER_HEAD, x, 95.0)
+    for head in range(3):
+        alone = statistic(kind, FP8, "key", 95.0)
+        alone.update(x[:, head : head + 1], PADDED)
+        assert range_of(alone) == (float(ranges[0][head]), float(ranges[1][head]))
+
+
+@pytest.mark.parametrize("kind", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("spec", [FP8, PER_HEAD], ids=lambda spec: spec.short)
+def test_how_keys_lie_in_memory_does_not_matter(spec: QuantSpec, kind: Kind) -> None:
+    heads_last = CACHED.transpose(1, 2).contiguous().transpose(1, 2)
+    for a, b in zip(of_cache(kind, spec, CACHED), of_cache(kind, spec, heads_last), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["mse", "percentile"])
+def test_the_largest_magnitudes_and_zeros_have_ranges_too(kind: Kind) -> None:
+    """Float32's largest number rounds to infinity in bfloat16."""
+    x = torch.tensor([0.0, 1e-45, -2.0, torch.finfo(torch.float32).max]).reshape(1, 2, 2)
+    found, zeros = statistic(kind, percentile=100.0), statistic(kind)
+    found.update(x, everything(x))
+    zeros.update(0 * x, everything(x))
+    low, high = range_of(found)
+    assert -2 <= low <= 0
+    assert 0.9 * float(x.max()) < high <= float(x.max())
+    assert range_of(zeros) == (0, 0)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable
+from dataclasses import replace
 
 from qcompiler.ir.annotations import (
     HessianObserver,
@@ -43,6 +44,8 @@ def _observe_annotated(node: Node) -> str | None:
         return "an observe node does not say what it collects"
     if found is not None and node.target is not observe:
         return f"an {type(found).__name__} annotation stands on a node that observes nothing"
+    if isinstance(found, Observer) and found.kind == "mse" and found.spec.is_nvfp4:
+        return "it collects mse for nvfp4, whose global scale has no range of least error: collect minmax"
     return None
 
 
@@ -107,7 +110,7 @@ def _observer_consistent(graph: Graph) -> Broken:
         if observer is None:
             continue
         other = first.setdefault(observer.id, observer)
-        if (other.kind, other.spec, other.purpose) != (observer.kind, observer.spec, observer.purpose):
+        if replace(other, consumers=(), because=()) != replace(observer, consumers=(), because=()):
             yield node, f"two different observers share the id {observer.id!r}"
 
 

@@ -9,7 +9,7 @@ from torch import fx
 from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, annotate, need
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import observe
-from qcompiler.scheme import QuantSpec, Strategy
+from qcompiler.scheme import QuantSpec, Strategy, preset
 from tests.ir.graphs import again, insert, leaf, observers, op, reobserve, requant
 from tests.ir.violations.case import ACTIVATION, DOWN, GATE, LAYER, NORM, OUT, K, Q, breaks
 
@@ -34,6 +34,17 @@ def an_observer_collects_nothing(graph: Graph) -> fx.Node:
 @breaks("observe-annotated", "an Observer annotation stands on a node that observes nothing", module=ACTIVATION)
 def an_activation_claims_to_observe(graph: Graph) -> fx.Node:
     return reobserve(op(graph, "silu"), replace(need(observers(graph, "input")[0], Observer), id="test"))
+
+
+@breaks(
+    "observe-annotated",
+    "it collects mse for nvfp4, whose global scale has no range of least error: collect minmax",
+    module=f"(in module {LAYER}.self_attn)",
+)
+def a_global_scale_of_least_error_is_asked_for(graph: Graph) -> fx.Node:
+    node, spec = observers(graph, "key")[0], preset("NVFP4").input_activations
+    assert spec is not None
+    return reobserve(node, replace(need(node, Observer), kind="mse", spec=spec))
 
 
 @breaks("observe-reads-tensor", "it observes something that is no tensor", module=f"(in module {Q})")
@@ -110,6 +121,16 @@ def one_statistic_is_taken_in_two_ways(graph: Graph) -> fx.Node:
     first, second = observers(graph, "input")[:2]
     taken = need(first, Observer).id
     return reobserve(second, replace(need(second, Observer), id=taken, kind="percentile"))
+
+
+@breaks(
+    "observer-consistent",
+    f"two different observers share the id '{LAYER}.self_attn.key'",
+    module="(in module model.layers.1.self_attn)",
+)
+def one_statistic_has_two_percentiles(graph: Graph) -> fx.Node:
+    first, second = observers(graph, "key")[:2]
+    return reobserve(second, replace(need(second, Observer), id=need(first, Observer).id, percentile=99.0))
 
 
 @breaks("cache-observed", "the KV cache is quantized, but no keys and values are observed", module="")
