@@ -12,7 +12,7 @@ Scales are fixed before the first column, whatever the order ("static" activatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,23 +73,14 @@ def factor(hessian: Tensor, options: GptqOptions) -> Factored:
 
 
 def gptq(
-    weight: Tensor, factored: Factored, nearest: QuantizedTensor, options: GptqOptions
-) -> tuple[QuantizedTensor, Outcome]:
-    """Round a weight [O, I] with the scales and zero points of `nearest`, its rounding to nearest.
-
-    An input that is always zero (a dead column) is rounded to nearest, where the paper sets its weights to zero: both
-    give the same output.
-    """
-    return gptq_stacked([weight], factored, [nearest], options)[0]
-
-
-def gptq_stacked(
     weights: Sequence[Tensor], factored: Factored, nearest: Sequence[QuantizedTensor], options: GptqOptions
 ) -> list[tuple[QuantizedTensor, Outcome]]:
-    """Round weights [O_k, I] that read the same inputs, to one spec, as one matrix.
+    """Round weights (each [O_k, I]) that read the same inputs, to one spec, as one matrix.
 
-    Rows do not depend on one another, so this gives what `gptq` gives for each alone, in fewer steps; to the bit where
-    the numbers of rows are multiples of 16 (a BLAS may sum the rows that fill no vector in another order).
+    Scales and zero points are those of `nearest`, their rounding to nearest. Rows do not depend on one another, so this
+    gives what it gives for each alone, in fewer steps; to the bit where the numbers of rows are multiples of 16 (a BLAS
+    may sum the rows that fill no vector in another order). An input that is always zero (a dead column) is rounded to
+    nearest, where the paper sets its weights to zero: both give the same output.
     """
     codes, losses = solve(weights, nearest, factored, options.block_size)
     found, first = [], 0
@@ -101,6 +92,20 @@ def gptq_stacked(
         found.append((replace(start, codes=codes[rows]), outcome))
         first = rows.stop
     return found
+
+
+def stacked(keys: Sequence[Hashable], rows: Sequence[int], limit: int) -> list[list[int]]:
+    """Which layers (by index) to solve together: those of one key, in order, as many as have `limit` rows in all."""
+    stacks: list[list[int]] = []
+    open_: dict[Hashable, tuple[list[int], int]] = {}
+    for index, (key, count) in enumerate(zip(keys, rows, strict=True)):
+        stack, height = open_.get(key, ([], limit))
+        if height + count > limit:
+            stack, height = [], 0
+            stacks.append(stack)
+        stack.append(index)
+        open_[key] = stack, height + count
+    return stacks
 
 
 def _order(hessian: Tensor, options: GptqOptions) -> Tensor:

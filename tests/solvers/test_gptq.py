@@ -48,7 +48,7 @@ def nearest(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
 def gptq(
     weight: Tensor, hessian: Tensor, start: QuantizedTensor, options: GptqOptions
 ) -> tuple[QuantizedTensor, Outcome]:
-    return solver.gptq(weight, factor(hessian, options), start, options)
+    return solver.gptq([weight], factor(hessian, options), [start], options)[0]
 
 
 def by_element(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -131,13 +131,27 @@ def test_layers_of_one_input_are_solved_together_as_each_alone(name: str) -> Non
     parts = [weight[:32].bfloat16(), weight[32:48].bfloat16(), weight[48:].bfloat16()]
     starts = [nearest(part, SPECS[name]) for part in parts]
     factored = factor(hessian, GptqOptions(block_size=40))
-    together = solver.gptq_stacked(parts, factored, starts, GptqOptions(block_size=40))
+    together = solver.gptq(parts, factored, starts, GptqOptions(block_size=40))
     for part, start, (solved, outcome) in zip(parts, starts, together, strict=True):
-        alone, expected = solver.gptq(part, factored, start, GptqOptions(block_size=40))
+        ((alone, expected),) = solver.gptq([part], factored, [start], GptqOptions(block_size=40))
         assert torch.equal(solved.codes.view(torch.uint8), alone.codes.view(torch.uint8))
         assert solved.codes.is_contiguous()
         assert (outcome.before, outcome.size) == (expected.before, expected.size)
         assert outcome.error == pytest.approx(expected.error, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "stacks"),
+    [
+        ("qqq", [64, 16, 16], [[0, 1, 2]]),
+        ("qxqyx", [8, 8, 8, 8, 8], [[0, 2], [1, 4], [3]]),
+        ("qqqq", [60, 40, 70, 30], [[0, 1], [2, 3]]),
+        ("qqq", [500, 20, 500], [[0], [1], [2]]),
+        ("", [], []),
+    ],
+)
+def test_layers_of_one_key_are_stacked_up_to_a_limit(keys: str, rows: list[int], stacks: list[list[int]]) -> None:
+    assert solver.stacked(keys, rows, 100) == stacks
 
 
 @pytest.mark.parametrize("damping", [0.0001, 0.01, 1.0])
