@@ -7,25 +7,26 @@ from pathlib import Path
 
 import torch
 from measure import measured
+from tokens import random_tokens
 from transformers.utils import logging
 
 from qcompiler.compiler import compile, plan
+from qcompiler.data import CalibrationSpec
 
 
 def main(job: str, model: str, pipeline: str, output: str, tokens: str) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(int(__import__("os").environ["OMP_NUM_THREADS"]))
-    rows = None
-    if tokens != "-":
-        samples, length = map(int, tokens.split("x"))
-        generator = torch.Generator().manual_seed(0)
-        rows = [{"input_ids": torch.randint(0, 1000, (length,), generator=generator).tolist()} for _ in range(samples)]
+    rows = None if tokens == "-" else [{"input_ids": ids} for ids in random_tokens(tokens, vocabulary=1000)]
     with measured() as values:
         if job == "plan":
             planned = plan(model, pipeline)
             values["bytes"] = planned.report.total_bytes
         else:
-            result = compile(model, pipeline=pipeline, output=Path(output), calibration=rows, overwrite=True)
+            sampling = CalibrationSpec(samples=len(rows), shuffle=False) if rows else None
+            result = compile(
+                model, pipeline=pipeline, output=Path(output), calibration=rows, sampling=sampling, overwrite=True
+            )
             values["bytes"] = result.report.total_bytes
             values |= {timing.name: timing.seconds for timing in result.report.timings}
 
