@@ -1,7 +1,8 @@
-"""What every test shares: one thread for torch, and golden text files."""
+"""What every test shares: models that are captured once, one thread for torch, and golden text files."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Tensors this small are slower on several threads, and much slower beside other workers."""
+def _quick() -> None:
+    """Tensors this small are slower on several threads, and much slower beside other workers.
+
+    Tracing makes many objects, and a session holds many: garbage is collected a tenth as often as otherwise.
+    """
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.set_threshold(7_000, 20, 20)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
@@ -87,6 +88,7 @@ def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
         stack.enter_context(_fake_weights(model, fake))
         window = stack.enter_context(_frozen_rope(model))
         stack.enter_context(_quiet())
+        stack.enter_context(_without_stack_traces())
         try:
             program = torch.export.export(_Logits(model), (ids,), dynamic_shapes=dynamic, strict=False)
         except NotRepeatableError:
@@ -137,6 +139,18 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Spare every traced node the Python stack that led to it: an eighth of the time, and nothing here reads it."""
+    settings, name = vars(fx_config), "do_not_emit_stack_traces"  # releases that do not know it trace as they did
+    before = settings.get(name, False)
+    settings[name] = True
+    try:
+        yield
+    finally:
+        settings[name] = before
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import config as fx_config
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -101,7 +102,7 @@ def traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
             getattr(module, "rope_type", None),
         )
         for path, module in model.named_modules()
-    ] + [(dict(ALL_EXPERTS_FUNCTIONS), model.config.to_dict(), logging.root.manager.disable)]
+    ] + [(dict(ALL_EXPERTS_FUNCTIONS), model.config.to_dict(), logging.root.manager.disable, dict(vars(fx_config)))]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "openai-gpt", "aria_text", "cpmant"])
