@@ -7,7 +7,7 @@ A site is a norm or a linear whose output channels reach only linears, through o
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from qcompiler.ir.annotations import Leaf, LeafKind, Role, get, need
 from qcompiler.ir.fx import Node, is_op, last_dim, tensor_arg
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
+from qcompiler.patterns.cache import cached_tensors
 from qcompiler.patterns.channels import CASTS, follow
 from qcompiler.patterns.language import NearMiss
 from qcompiler.patterns.vocabulary import source
@@ -148,12 +149,16 @@ def _weight(node: Node) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What must be known of the whole graph: how often modules run, who shares which tensor, what runs where."""
+    """What must be known of the whole graph: how often modules run, who shares which tensor, what runs where.
+
+    `cached` are the leaves that make keys and values of a cache that is quantized.
+    """
 
     calls: Mapping[str, int]
     owners: Mapping[str, tuple[str, ...]]
     reads: Mapping[str, int]
     place: Mapping[Node, int]
+    cached: Set[Node]
 
     @classmethod
     def of(cls, graph: Graph) -> _Facts:
@@ -169,6 +174,7 @@ class _Facts:
             owners={name: tuple(names) for names in by_tensor.values() for name in names},
             reads=reads,
             place={node: index for index, part in enumerate(partitions(graph)) for node in part.nodes},
+            cached=_leaves_behind(*(cached.node for cached in cached_tensors(graph))) if graph.kv_cache else set(),
         )
 
     def obstacle(self, site: RescaleSite) -> str | None:
@@ -177,6 +183,8 @@ class _Facts:
         writes += [(node, [name]) for node, name in zip(site.consumers, site.weights, strict=True)]
         if fixed := [why for node, names in writes if (why := self._fixed(node, names))]:
             return fixed[0]
+        if site.producer in self.cached:
+            return "its values are cached, and the scale of the quantized cache is measured on them as they are"
         if any(self.place[node] != self.place[site.producer] for node in site.consumers):
             return f"{_listed(site.consumers)} run in another partition"
         return None
@@ -203,7 +211,7 @@ def _readers(node: Node) -> int:
 
 
 def _miss(linear: Node, tried: Mapping[Node, _Attempt]) -> NearMiss:
-    producers = sorted((node for node in _leaves_behind(linear) if node in tried), reverse=True)
+    producers = sorted((node for node in _leaves_behind(*linear.all_input_nodes[:1]) if node in tried), reverse=True)
     if not producers:
         return NearMiss(linear, 0, "its input comes from no norm and no linear")
     held = max(tried[node].held for node in producers)
@@ -211,10 +219,10 @@ def _miss(linear: Node, tried: Mapping[Node, _Attempt]) -> NearMiss:
     return NearMiss(linear, held, "; ".join(f"{need(node, Leaf).path}: {tried[node].why}" for node in nearest))
 
 
-def _leaves_behind(linear: Node) -> set[Node]:
-    """The leaves that what a linear reads is made of, with no other leaf between."""
+def _leaves_behind(*values: Node) -> set[Node]:
+    """The leaves that values are made of, with no other leaf between."""
     seen: set[Node] = set()
-    todo = linear.all_input_nodes[:1]
+    todo = list(values)
     while todo:
         node = todo.pop()
         if node not in seen:

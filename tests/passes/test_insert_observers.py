@@ -21,6 +21,7 @@ from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.printer import Printer, print_graph
+from qcompiler.patterns.place import rescales
 from qcompiler.patterns.vocabulary import SDPA
 from qcompiler.runtime.evaluate import evaluate
 from qcompiler.scheme import PRESETS, Strategy, preset
@@ -215,6 +216,22 @@ def test_keys_and_values_are_observed_as_they_enter_the_cache(model_type: str, h
             ("insert-observers: the KV cache is quantized to fp8 per attn_head",)
         }
         assert {value(node).shape[1] for node, _ in found} == {heads}
+
+
+def test_no_scale_moves_into_values_that_a_quantized_cache_holds() -> None:
+    """Its scale would be that of other values; into anything else scales move as without a cache."""
+    smoothed = [
+        {**rule("W4A16", structure=kind), "transform": "smoothquant"}
+        for kind in ("attention-input", "attention-output")
+    ]
+    kept, moved = (run(block(), assign(*smoothed, kv_cache=cache), "insert-observers") for cache in ({}, None))
+    givers = [[found.producer for found in rescales(done.graph.nodes)] for done in (kept, moved)]
+    norm = f"{LAYER}.input_layernorm"
+    assert givers == [[norm], [norm, f"{LAYER}.self_attn.v_proj"]]
+    (told,) = [text for kind, text in kept.notes if kind == "fallback"]
+    assert told.startswith(f"no smoothquant for {LAYER}.self_attn.o_proj, quantized without it: ")
+    assert "v_proj: its values are cached, and the scale of the quantized cache is measured on them as they are" in told
+    assert not any(kind == "fallback" for kind, _ in moved.notes)
 
 
 def test_layers_that_share_keys_and_values_observe_them_for_each() -> None:

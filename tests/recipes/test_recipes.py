@@ -233,6 +233,12 @@ STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor"}
             {},
             ["keys and values, observer memoryless_minmax: the range of all data, not one of the last batch"],
         ),
+        (
+            {"scheme": "W4A16", "kv_cache_scheme": {**STATIC, "observer": "mse"}},
+            {},
+            {"kv_cache": "mse"},
+            ["keys and values, observer mse: the range of least squared error of all data, not one averaged"],
+        ),
     ],
     ids=str,
 )
