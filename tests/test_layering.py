@@ -57,7 +57,7 @@ LAYERS = (
     {"errors", "report"},
     {"arguments", "scheme", "expressions", "refuse", "requirements", "meta", "tensors"},
     {"numerics"},
-    {"formats", "solvers", "transforms.options"},
+    {"formats", "solvers", "transforms.norms", "transforms.options"},
     {"ir"},
     {"patterns", "select", "transforms"},
     {"emit", "targets"},
