@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import dataclass
+from math import exp
 from pathlib import Path
 from statistics import mean
 
 import torch
-from tokens import random_tokens
+from token_rows import token_rows
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -33,9 +35,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     rows = _rows(options)
-    dense = _load(options.dense)
+    dense = load(options.dense)
     hessians = _hessians(dense, rows)
-    models = {"ours": _load(options.ours), "theirs": _load(options.theirs)}
+    models = {"ours": load(options.ours), "theirs": load(options.theirs)}
     errors = {name: _errors(dense, model, hessians) for name, model in models.items()}
     shared = [path for path in errors["ours"] if path in errors["theirs"]]
     if shared:
@@ -61,12 +63,38 @@ def main() -> None:
 
 def _rows(options: argparse.Namespace) -> list[list[int]]:
     if options.text is None:
-        return random_tokens(options.tokens, vocabulary=1000)
+        return token_rows(options.tokens, vocabulary=1000)
     ids = AutoTokenizer.from_pretrained(options.dense)(options.text.read_text(encoding="utf-8"))["input_ids"]
     return [ids[start : start + options.length] for start in range(0, len(ids) - options.length + 1, options.length)]
 
 
-def _load(folder: Path) -> PreTrainedModel:
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model predicts on some rows: perplexity, log-probabilities, and their mean KL divergence from others."""
+
+    perplexity: float
+    logits: list[Tensor]
+    divergence: float
+
+
+def predictions(model: PreTrainedModel, rows: list[list[int]], against: list[Tensor] | None = None) -> Predictions:
+    """Run a model over rows; `against` are the dense model's log-probabilities [S, V] of each."""
+    kept: list[Tensor] = []
+    losses, divergences = [], []
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            found = functional.log_softmax(model(torch.tensor([row])).logits[0].float(), -1)
+            losses.append(float(functional.nll_loss(found[:-1], torch.tensor(row[1:]))))
+            if against is None:
+                kept.append(found)
+            else:
+                total = functional.kl_div(found, against[index], log_target=True, reduction="sum")
+                divergences.append(float(total) / len(row))
+    return Predictions(exp(mean(losses)), kept, mean(divergences) if divergences else 0.0)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A model in evaluation, decompressed."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     with torch.no_grad():
         model.eval()(torch.tensor([[0]]))  # what is compressed is decompressed when it first runs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from measure import measured
-from tokens import random_tokens
+from token_rows import token_rows
 from transformers.utils import logging
 
 from qcompiler.compiler import compile, plan
@@ -17,7 +17,7 @@ from qcompiler.data import CalibrationSpec
 def main(job: str, model: str, pipeline: str, output: str, tokens: str) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(int(__import__("os").environ["OMP_NUM_THREADS"]))
-    rows = None if tokens == "-" else [{"input_ids": ids} for ids in random_tokens(tokens, vocabulary=1000)]
+    rows = None if tokens == "-" else [{"input_ids": ids} for ids in token_rows(tokens, vocabulary=1000)]
     with measured() as values:
         if job == "plan":
             planned = plan(model, pipeline)

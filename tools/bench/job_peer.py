@@ -11,7 +11,7 @@ from datasets import Dataset
 from llmcompressor import model_free_ptq, oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from measure import measured
-from tokens import random_tokens
+from token_rows import token_rows
 from transformers import AutoModelForCausalLM
 
 
@@ -36,7 +36,7 @@ def main(job: str, model: str, scheme: str, output: str, tokens: str = "-") -> N
 def _calibrate(model: str, recipe: str, output: str, tokens: str) -> None:
     # Its AWQ pins what it caches, which needs a GPU.
     torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
-    rows = random_tokens(tokens, vocabulary=1000)
+    rows = token_rows(tokens, vocabulary=1000)
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     oneshot(
