@@ -74,7 +74,7 @@ def _table(options: argparse.Namespace) -> Iterator[str]:
         dense = load(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         calibration, evaluation = (
-            _windows(tokenizer, options.shared / file, options.length, count)
+            _windows(tokenizer, options.shared / "data" / file, options.length, count)
             for file, count in (
                 (f"calibration/{CALIBRATION[name]}", options.samples),
                 ("evaluation/wikitext2-test-first-half.txt", options.windows),
