@@ -18,6 +18,7 @@ from qcompiler.lowering.rehearse import rehearse
 from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
+from qcompiler.report import UNVERIFIABLE
 from qcompiler.targets import Target, check, load_target, notes
 
 _SHOWN = 8
@@ -115,7 +116,7 @@ class Legalize(GraphPass):
         own = target.loader == "transformers"
         violations = [] if own else check(load_target("transformers"), everything, kv_cache=graph.kv_cache)
         if violations:
-            context.report.info(f"Transformers cannot verify this checkpoint: {violations[0].message}")
+            context.report.info(f"{UNVERIFIABLE}: {violations[0].message}")
         if violations or not context.source.has_weights:
             return
         rehearsal = rehearse(graph, context.source, emitted.config)

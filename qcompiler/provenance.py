@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from qcompiler.checkpoints.manifest import FileDigest
 from qcompiler.checkpoints.output import PROVENANCE
 from qcompiler.errors import CheckpointError
+from qcompiler.report import UNVERIFIABLE
 
 
 def _inside(name: str) -> str:
@@ -51,9 +52,17 @@ class WrittenRow(_Part):
     transform: str | None = None
 
 
+class WrittenNote(_Part):
+    """A note of the compilation; see `Note`."""
+
+    text: str
+
+
 class WrittenReport(_Part):
     """What `verify` needs of the report."""
 
+    target: str
+    notes: Annotated[tuple[WrittenNote, ...], Field(strict=False)]
     layers: Annotated[tuple[WrittenRow, ...], Field(strict=False)]
     total_bytes: _Count
 
@@ -74,6 +83,11 @@ class Provenance(_Part):
     weights: str
     report: WrittenReport
     files: dict[_FileName, WrittenFile] | None = None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why Transformers does not load what was compiled for another runtime; None where it does."""
+        return next((note.text for note in self.report.notes if note.text.startswith(UNVERIFIABLE)), None)
 
     @property
     def digests(self) -> dict[str, FileDigest] | None:

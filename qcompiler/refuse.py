@@ -17,9 +17,7 @@ def refuse(config: Any) -> None:
     """Raise `CaptureError` for models that are no dense causal decoder with attention: what they are, and the mend."""
     name = config.model_type
     if getattr(config, "quantization_config", None) is not None:
-        raise CaptureError(
-            f"{name}: this model is already quantized", hint="compile the original, unquantized checkpoint"
-        )
+        raise CaptureError(f"{name}: this model is already quantized", hint="give the original, unquantized model")
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
             f"{name} is an encoder-decoder; only decoders are compiled", hint="choose a decoder-only model"

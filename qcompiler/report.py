@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+UNVERIFIABLE = "Transformers cannot verify this checkpoint"
+"""How the note begins that is made where a target loads what Transformers does not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Note:

@@ -20,7 +20,7 @@ from qcompiler.fidelity import Fidelity, measure, run_model
 from qcompiler.lowering.evaluate import logits, open_lowered
 from qcompiler.provenance import Provenance, read_provenance
 from qcompiler.scheme import KVCacheSpec, Scheme
-from qcompiler.source import ModelSource, open_model
+from qcompiler.source import DTYPES, ModelSource, open_model
 from qcompiler.table_check import WeightComparison, check_table, compare_weights
 
 _PROBE = (2, 64)
@@ -106,7 +106,7 @@ def verify(
                 trust_remote_code=trust_remote_code,
             )
             notes += data.notes
-        client = load_client(folder, trust_remote_code=trust_remote_code)
+        client = _load_checkpoint(folder, provenance, trust_remote_code)
         if provenance is not None:
             check_table(lowered, provenance)
         if dense is not None and provenance is not None:
@@ -141,6 +141,18 @@ def _check_files(folder: Path, provenance: Provenance | None) -> tuple[int | Non
     changed = check_files(folder, digests)
     notes = (f"changed or gone since it was written: {', '.join(changed)}",) if changed else ()
     return len(digests) - len(changed), notes
+
+
+def _load_checkpoint(folder: Path, provenance: Provenance | None, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        return load_client(folder, trust_remote_code=trust_remote_code)
+    except VerificationError as error:
+        if provenance is None or provenance.obstacle is None:
+            raise
+        raise VerificationError(
+            f"{error.message} ({provenance.obstacle})",
+            hint=f"this was known when it was compiled: judge it in the runtime of {provenance.report.target}",
+        ) from error
 
 
 def load_client(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -203,7 +215,7 @@ def tolerance_of(schemes: Iterable[Scheme], kv_cache: KVCacheSpec | None, dtype:
 def _open_reference(reference: str | Path, ours: ModelSource, trust_remote_code: bool) -> ModelSource:
     """The dense model, in the checkpoint's dtype. Raises a `QCompilerError` where it is damaged, or another model."""
     dtype = str(ours.dtype).removeprefix("torch.")
-    source = open_model(reference, trust_remote_code=trust_remote_code, dtype=dtype)
+    source = open_model(reference, trust_remote_code=trust_remote_code, dtype=dtype if dtype in DTYPES else "auto")
     try:
         theirs, expected = source.config.vocab_size, ours.config.vocab_size
         if theirs != expected:

@@ -63,5 +63,5 @@ def place(meta: TensorMeta) -> str:
 def _not_finite(what: str, source: str) -> CheckpointError:
     return CheckpointError(
         f"{what} has NaN or infinite values ({source})",
-        hint="the checkpoint is damaged, or --dtype is too narrow for it",
+        hint="the checkpoint is damaged, or its dtype is too narrow for it: compile with another --dtype",
     )

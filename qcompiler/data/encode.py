@@ -26,15 +26,13 @@ class LazyTokenizer:
     def _load(self) -> Any:
         if self._tokenizer is None:
             if self._source is None:
-                raise DataError(
-                    "text needs a tokenizer, and there is none", hint="name one, or give rows of `input_ids`"
-                )
+                raise DataError("text needs a tokenizer, and there is none", hint="give rows of `input_ids`")
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(str(self._source), trust_remote_code=self._trusted)
             except Exception as error:  # whatever a damaged or missing file makes of it
                 raise DataError(
                     f"no tokenizer can be loaded from {self._source}: {next(iter(str(error).splitlines()), error)}",
-                    hint="name a folder or hub id that has tokenizer files, or give rows of `input_ids`",
+                    hint="put tokenizer files into that folder (of a loaded model: tokenizer=), or give rows of `input_ids`",
                 ) from error
         return self._tokenizer
 
@@ -46,7 +44,7 @@ class LazyTokenizer:
         if tokenizer.chat_template is None:
             raise DataError(
                 f"rows are chats, but the tokenizer of {self._source} has no chat template",
-                hint="use a chat model's tokenizer, or name a column of plain text",
+                hint="name a column of plain text: --text-column (Python: text_column); or put a chat template there",
             )
         # Tables fill the keys a message lacks with nulls; templates ask whether a key is there.
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]

@@ -15,7 +15,7 @@ from torch import Tensor
 from qcompiler.capture import capture_graph
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.data.batches import TokenBatch
-from qcompiler.errors import CheckpointError
+from qcompiler.errors import CaptureError, CheckpointError, VerificationError
 from qcompiler.formats import cache_scale
 from qcompiler.ir.annotations import Quant, get_quant, set_quant
 from qcompiler.ir.edit import stand_between
@@ -60,7 +60,8 @@ class Lowered:
 def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> Lowered:
     """The lowered graph of a compressed-tensors checkpoint, rebuilt from its config, and its weights.
 
-    Raises `CheckpointError` where the folder is no such checkpoint.
+    Raises `CheckpointError` where the folder is no such checkpoint, `VerificationError` where the model's graph cannot
+    be captured from its config alone.
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     quantization = _quantization_config(folder / "config.json")
@@ -78,7 +79,14 @@ def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> Lowered:
 
 
 def _lowered_graph(source: ModelSource, reader: CompressedReader) -> Graph:
-    graph = capture_graph(source.model)
+    try:
+        graph = capture_graph(source.model)
+    except CaptureError as error:  # of a model that was compiled loaded, its folder may say too little
+        raise VerificationError(
+            f"{source.folder}: its graph cannot be rebuilt from its config, so nothing can be compared with it: "
+            f"{error.message}",
+            hint="this is no sign of damage: judge the checkpoint in the runtime that serves it",
+        ) from error
     for node, leaf in graph.linears():
         scheme = reader.schemes.get(_disk_name(source, leaf.path))
         if scheme is not None:

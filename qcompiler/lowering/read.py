@@ -37,7 +37,8 @@ class CompressedReader(CheckpointReader):
             self.config: ParsedConfig = parse_quantization_config(config)
             self.schemes = _resolve(config, self.config, names, inner.folder)
         except ConfigError as error:
-            raise CheckpointError(f"{inner.folder / 'config.json'}: {error.message}", hint=error.hint) from error
+            hint = error.hint or "config.json was edited, or written by another tool: compile the model again"
+            raise CheckpointError(f"{inner.folder / 'config.json'}: {error.message}", hint=hint) from error
         self._parts: dict[str, dict[str, TensorMeta]] = {name: {} for name in names}
         tensors: dict[str, TensorMeta] = {}
         for key, meta in inner.tensors.items():
