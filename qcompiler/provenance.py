@@ -38,18 +38,13 @@ class WrittenFile(_Part):
 
 
 class WrittenRow(_Part):
-    """A row of the table of layers; see `LayerRow`.
-
-    `transform` says what changed the weight before it was rounded (scales folded in, a rotation): its `error` is then
-    not one against the source's weight.
-    """
+    """A row of the table of layers; see `LayerRow`."""
 
     path: str
     scheme: str | None
     format: str | None
     bytes: _Count
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
-    transform: str | None = None
 
 
 class WrittenNote(_Part):
@@ -59,12 +54,13 @@ class WrittenNote(_Part):
 
 
 class WrittenReport(_Part):
-    """What `verify` needs of the report."""
+    """What `verify` needs of the report; see `Report`."""
 
     target: str
     notes: Annotated[tuple[WrittenNote, ...], Field(strict=False)]
     layers: Annotated[tuple[WrittenRow, ...], Field(strict=False)]
     total_bytes: _Count
+    rescaled: Annotated[frozenset[str], Field(strict=False)] = frozenset()
 
     @field_validator("layers")
     @classmethod

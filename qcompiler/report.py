@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -68,7 +69,11 @@ class Timing:
 
 @dataclass(slots=True)
 class Report:
-    """Rows per layer, bytes in total, notes, and time per pass."""
+    """Rows per layer, bytes in total, notes, and time per pass.
+
+    `rescaled` are the parameters, quantized or dense, into which a transform folded a scale: a row's `error` is then
+    against the rescaled weight.
+    """
 
     model: str = ""
     pipeline: str = ""
@@ -79,6 +84,7 @@ class Report:
     total_bytes: int = 0
     dense_total_bytes: int = 0
     config_summary: str = ""
+    rescaled: list[str] = field(default_factory=list)
 
     def info(self, text: str) -> None:
         self._note(Note("info", text))
@@ -92,6 +98,9 @@ class Report:
     def _note(self, note: Note) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+    def tell_rescaled(self, paths: Iterable[str]) -> None:
+        self.rescaled = sorted({*self.rescaled, *paths})
 
     def row(self, path: str) -> LayerRow:
         return next(row for row in self.layers if row.path == path)

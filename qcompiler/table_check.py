@@ -29,22 +29,20 @@ class WeightComparison:
     """A checkpoint's weights against the dense model's.
 
     layers: quantized layers whose weight error is the table's. tensors: dense ones that are equal to the last bit.
-    transformed: layers that were not compared, because a pass changed their weight before it was rounded. Where there
-    are any, dense tensors are not compared either: what one layer is divided by, another is multiplied with.
+    rescaled: weights that were not compared, because a transform folded a scale into them.
     """
 
     layers: int
     tensors: int
-    transformed: tuple[str, ...] = ()
+    rescaled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        said = f"{self.layers} layers with the weight errors of the table (within {ERROR_TOLERANCE:.0e} of each)"
-        if not self.transformed:
-            return f"{said}, {self.tensors} dense tensors equal to the last bit"
-        return (
-            f"{said}; not compared: {_listed(self.transformed)}, whose weights were transformed before they were "
-            "rounded, and dense tensors"
+        said = (
+            f"{self.layers} layers with the weight errors of the table (within {ERROR_TOLERANCE:.0e} of each), "
+            f"{self.tensors} dense tensors equal to the last bit"
         )
+        left = f"; not compared, as a transform rescaled them: {_listed(self.rescaled)}" if self.rescaled else ""
+        return said + left
 
 
 def check_table(lowered: Lowered, provenance: Provenance) -> None:
@@ -84,17 +82,16 @@ def compare_weights(lowered: Lowered, reference: ModelSource, provenance: Proven
     Raises `VerificationError` that names what differs, or `DataError` where the reference is another model.
     """
     _check_shapes(lowered, reference)
-    rows, quantized = {row.path: row for row in provenance.report.layers}, lowered.quantized()
+    report, quantized = provenance.report, lowered.quantized()
     # What is quantized has a row: `check_table` came first.
-    transformed = tuple(path for path in quantized if rows[path].transform is not None)
-    compared = {path: name for path, name in quantized.items() if rows[path].transform is None}
-    differing = (_error_differs(lowered, name, reference, rows[path]) for path, name in compared.items())
+    rows = [row for row in report.layers if row.path in quantized and f"{row.path}.weight" not in report.rescaled]
+    differing = (_error_differs(lowered, quantized[row.path], reference, row) for row in rows)
     wrong = [why for why in differing if why is not None]
-    tensors = [] if transformed else list(_dense_paths(lowered))
+    tensors = [path for path in _dense_paths(lowered) if path not in report.rescaled]
     wrong += [f"{path} is dense, and differs" for path in tensors if not _equal(lowered.source, reference, path)]
     if not wrong:
-        return WeightComparison(len(compared), len(tensors), transformed)
-    message = f"{len(wrong)} of {len(compared) + len(tensors)} weights are not those of {reference.folder}"
+        return WeightComparison(len(rows), len(tensors), tuple(sorted(report.rescaled)))
+    message = f"{len(wrong)} of {len(rows) + len(tensors)} weights are not those of {reference.folder}"
     if reference.identity()["weights"] != provenance.weights:
         raise DataError(
             f"{message}, which has another fingerprint than the model that was compiled: {_listed(wrong)}",

@@ -209,7 +209,7 @@ def tolerance_of(schemes: Iterable[Scheme], kv_cache: KVCacheSpec | None, dtype:
     if not rounded:
         return 0.0, "weights dequantize to the same numbers, and the same kernels multiply them"
     name = str(dtype).removeprefix("torch.")
-    return torch.finfo(dtype).eps, f"one last place of {name}, in which {' and '.join(rounded)} are scaled"
+    return torch.finfo(dtype).eps, f"one last place of {name}, in which scales of {' and '.join(rounded)} are applied"
 
 
 def _open_reference(reference: str | Path, ours: ModelSource, trust_remote_code: bool) -> ModelSource:

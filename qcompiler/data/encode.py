@@ -32,7 +32,7 @@ class LazyTokenizer:
             except Exception as error:  # whatever a damaged or missing file makes of it
                 raise DataError(
                     f"no tokenizer can be loaded from {self._source}: {next(iter(str(error).splitlines()), error)}",
-                    hint="put tokenizer files into that folder (of a loaded model: tokenizer=), or give rows of `input_ids`",
+                    hint="put tokenizer files there (of a loaded model: tokenizer=), or give rows of `input_ids`",
                 ) from error
         return self._tokenizer
 

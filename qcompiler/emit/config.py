@@ -94,7 +94,7 @@ def build_quantization_config(
         first = disagreements[0]
         raise VerificationError(
             f"{len(disagreements)} modules would load otherwise than compiled; first: {first.message}",
-            hint=f"give all of {first.name} one scheme, or compile for a --target of another runtime than {first.loader}",
+            hint=f"give all of {first.name} one scheme, or choose a --target whose runtime is not {first.loader}",
         )
     quantized = sum(site.scheme is not None for site in sites)
     return EmittedConfig(config, tuple(loaders), len(sites), quantized, exact_because)

@@ -137,6 +137,7 @@ class SolveStep(PartitionStep):
                     hint="check the weights and the dtype, or leave the transform out",
                 ) from error
             self._tell_transformed(result, perf_counter() - start)
+        self._context.report.tell_rescaled(work.altered)
 
     def _in_parallel(self, solve: Callable[[Sequence[Item]], R], stacks: Sequence[Sequence[Item]]) -> list[R]:
         def size(stack: Sequence[Item]) -> int:

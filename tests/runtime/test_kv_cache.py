@@ -147,6 +147,13 @@ def test_a_cache_that_transformers_does_not_round_is_refused(tmp_path: Path) -> 
     assert "remove kv_cache from assign" in str(error.value.hint)
 
 
+def test_the_tolerance_of_a_rounded_cache_is_said(source: Path, tmp_path: Path) -> None:
+    verified = qcompiler.verify(compiled(source, tmp_path / "output", rule(MLP, INT8)).output)
+    assert verified.difference == 0
+    assert verified.tolerance == torch.finfo(torch.bfloat16).eps
+    assert "in which scales of the key/value cache are applied" in str(verified)
+
+
 def test_layers_after_a_rounded_cache_are_measured_after_it(source: Path, tmp_path: Path) -> None:
     """The oracle is the compiled checkpoint: its second layer's cache, behind the first layer as it is served."""
     result = compiled(source, tmp_path / "output", rule({**MLP, "layers": 0}, INT8))
