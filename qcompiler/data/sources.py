@@ -160,7 +160,7 @@ def _from_files(name: str, files: Sequence[Path], split: str | None, cache: str)
         raise DataError(f"{name} mixes {', '.join(sorted(suffixes))} files", hint="name one file, or keep one format")
     paths = [str(file.resolve()) for file in files if file.stat().st_size > 0]
     if not paths:
-        raise DataError(f"{name} is empty", hint="give a file that has rows; check how it was written")
+        raise DataError(f"{name} is empty", hint="give a file that has rows; check how the file was written")
     builder = builders.pop()
 
     def stream() -> Any:
