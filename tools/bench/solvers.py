@@ -18,7 +18,7 @@ from measure import Sample, run, summary
 from models import llama_config, write_random
 
 HERE = Path(__file__).parent
-RECIPES = ("gptq-int4-int8", "awq-w4a16+gptq-w8a8")
+RECIPES = ("int4-int8", "awq-w4a16+gptq-w8a8")
 MODELS = {
     "llama-1024x4": llama_config(hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=16, vocabulary=8192),
     "llama-2048x2": llama_config(hidden=2048, intermediate=5632, layers=2, heads=32, kv_heads=32, vocabulary=8192),
