@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from typing import cast
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qcompiler.capture.graph import capture_graph
-from qcompiler.capture.twin import build_twin, shrink
+from qcompiler.capture.twin import build_twin, with_random_weights
+from qcompiler.capture.twin_sizes import is_crossed
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.fx import op_name
@@ -21,6 +21,8 @@ from qcompiler.meta import build_on_meta
 from qcompiler.runtime.evaluate import evaluate
 
 _SHAPE = (3, 13)
+_SMALL = 16_000_000
+"""Parameters of a model that is compared itself: to run it takes less time than to trace a twin."""
 _LEAK = 0.03
 """What a later token may change in earlier logits, in their standard deviations: experts round what they batch."""
 
@@ -54,20 +56,18 @@ def has_copies(graph: Graph) -> bool:
 
 
 def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None:
-    """Compare a graph with eager execution: of its own model where that has weights, else of a shrunken twin.
+    """Compare a graph with eager execution: of its own model where that has weights or is small, else of a twin.
 
-    The twin is captured in the same way, has two layers of every kind that was traced once and copied, and must show
-    every kind of partition that the graph has. Then its graph and its eager forward pass must agree to the last bit.
-    Where the model is as small as its twin, its own graph must. Raises `CaptureError` otherwise.
+    A small model gets random weights. A twin is a shrunken model that is captured in the same way, has two layers of
+    every kind that was traced once and copied, and must show every kind of partition that the graph has. Then the graph
+    and the eager forward pass must agree to the last bit. Raises `CaptureError` otherwise.
     """
     if graph.model.device.type != "meta":
         return compare_logits(graph, graph.model)
-    config = graph.model.config
-    build = partial(build_twin, config, dtype=graph.model.dtype, trust_remote_code=trust_remote_code)
-    layers = graph.layer_count or None
-    if shrink(config, layers=layers).to_dict() == config.to_dict():
-        return compare_logits(graph, build(layers=layers))
-    twin = build(layers=_depth(graph))
+    config, dtype = graph.model.config, graph.model.dtype
+    if graph.model.num_parameters() <= _SMALL and is_crossed(config, _SHAPE[1]):
+        return compare_logits(graph, with_random_weights(config, dtype=dtype, trust_remote_code=trust_remote_code))
+    twin = build_twin(config, layers=_depth(graph), dtype=dtype, trust_remote_code=trust_remote_code)
     bare = build_on_meta(twin.config, dtype=twin.dtype, trust_remote_code=trust_remote_code)
     twin_graph = capture_graph(bare, repeat=bool(graph.like))
     shown = {_kind(part) for part in partitions(twin_graph)}

@@ -49,17 +49,24 @@ def build_twin(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of `shrink(config, layers=layers)` on the CPU, in eval mode, with random weights.
+    """The model of `shrink(config, layers=layers)`, with random weights: see `with_random_weights`."""
+    twin = shrink(config, layers=layers)
+    return with_random_weights(twin, seed=seed, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def with_random_weights(
+    config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a config on the CPU, in eval mode.
 
     The weights are such that forgetting one changes the logits: attention is not uniform, norms are neither all ones
     nor all zeros, biases and routing corrections are not zero. Equal seeds give equal weights; the global generator is
-    left as it was. Raises `CaptureError` when the class refuses the shrunken config.
+    left as it was. Raises `CaptureError` when the class refuses the config.
     """
-    twin = shrink(config, layers=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(twin, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise CaptureError(
                 f"no tiny model of {type(config).__name__}: {type(error).__name__}: {error}",
@@ -67,7 +74,7 @@ def build_twin(
             ) from error
         _randomize(model)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(twin, dtype=dtype, trust_remote_code=trust_remote_code)
+        bare = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for path, value in non_persistent_buffers(bare).items():
         # As `from_pretrained` computes them, which need not be how the constructor does in a narrow dtype.
         parent, _, name = path.rpartition(".")

@@ -55,6 +55,11 @@ def shrink_sizes(config: PreTrainedConfig) -> None:
             field.map_counts({v: min(v, _MAX_POSITIONS) for v in field.counts})
 
 
+def is_crossed(config: PreTrainedConfig, tokens: int) -> bool:
+    """Whether a sequence of so many tokens goes beyond every window and other threshold of `config`."""
+    return all(count < tokens for field in named(config, _THRESHOLD) for count in field.counts)
+
+
 # --- widths -----------------------------------------------------------------------------------------------------------
 
 
