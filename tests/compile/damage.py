@@ -19,13 +19,12 @@ from tests.compile.tiny import (
     INT4,
     INT8_STATIC,
     MLP,
-    SHORT,
+    compile_tiny,
     pipeline,
     provenance,
     restamp,
     rule,
     save_tiny,
-    token_rows,
 )
 
 Tensors = dict[str, Tensor]
@@ -39,12 +38,10 @@ DOWN = "model.layers.1.mlp.down_proj"
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of packed integers beside static ones, which verifies."""
     folder = tmp_path_factory.mktemp("sound")
-    result = qcompiler.compile(
+    result = compile_tiny(
         save_tiny(folder / "source", "llama"),
-        pipeline=pipeline(rule(ATTENTION, INT4), rule(MLP, INT8_STATIC)),
-        output=folder / "output",
-        calibration=token_rows(),
-        sampling=SHORT,
+        folder / "output",
+        pipeline(rule(ATTENTION, INT4), rule(MLP, INT8_STATIC)),
     )
     assert qcompiler.verify(result.output).difference == 0
     return result.output

@@ -14,13 +14,12 @@ from qcompiler.scheme import Scheme
 from tests.compile.tiny import (
     EVERYWHERE,
     INT8,
-    SHORT,
+    compile_tiny,
     pipeline,
     quantization,
     rule,
     save_tiny,
     stored,
-    token_rows,
 )
 
 STRUCTURES = ("attention-input", "attention-output", "mlp-input", "mlp-output")
@@ -83,13 +82,7 @@ def test_every_group_of_a_model_may_have_another_scheme(schemes: list[Any], scal
     source = save_tiny(tmp_path / "source", "llama", layers=layers, intermediate_size=96)  # 3 groups of 32
     places = [{"layers": index, "structure": structure} for index in range(layers) for structure in STRUCTURES]
     rules = [rule(place, scheme) for place, scheme in zip(places, schemes, strict=False)]
-    result = qcompiler.compile(
-        source,
-        pipeline=pipeline(*rules, scales=scales),
-        output=tmp_path / "output",
-        calibration=token_rows(4),
-        sampling=SHORT,
-    )
+    result = compile_tiny(source, tmp_path / "output", pipeline(*rules, scales=scales), rows=4)
     assert len(quantization(result.output)["config_groups"]) == len(schemes)
     assert sum(tensor.nbytes for tensor in stored(result.output).values()) == result.plan.report.total_bytes
     assert qcompiler.verify(result.output).difference == 0

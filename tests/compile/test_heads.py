@@ -15,14 +15,13 @@ from tests.compile.tiny import (
     ATTENTION,
     INT4_ASYM,
     INT8,
-    SHORT,
+    compile_tiny,
     model_config,
     pipeline,
     quantization,
     rule,
     save_tiny,
     stored,
-    token_rows,
 )
 
 HEAD = {"structure": "lm-head"}
@@ -39,13 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiled(source: Path, output: Path, *rules: dict[str, object]) -> Result:
-    return qcompiler.compile(
-        source,
-        pipeline=pipeline(rule(ATTENTION, INT8), *rules),
-        output=output,
-        calibration=token_rows(),
-        sampling=SHORT,
-    )
+    return compile_tiny(source, output, pipeline(rule(ATTENTION, INT8), *rules))
 
 
 def head_keys(output: Path) -> set[str]:

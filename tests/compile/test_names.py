@@ -18,7 +18,7 @@ from tests.compile.tiny import (
     INT4_ASYM,
     INT8,
     MLP,
-    SHORT,
+    compile_tiny,
     model_config,
     pipeline,
     quantization,
@@ -27,7 +27,6 @@ from tests.compile.tiny import (
     save_tiny,
     stored,
     tiny_model,
-    token_rows,
     weight_files,
 )
 
@@ -134,13 +133,8 @@ def test_a_sharded_source_gives_the_same_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_dtype_says_what_is_computed_and_written(dtype: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
-    result = qcompiler.compile(
-        source,
-        pipeline=pipeline(rule(ATTENTION, "FP8"), rule(MLP, INT4_ASYM)),
-        output=tmp_path / "output",
-        dtype=dtype,
-        calibration=token_rows(),
-        sampling=SHORT,
+    result = compile_tiny(
+        source, tmp_path / "output", pipeline(rule(ATTENTION, "FP8"), rule(MLP, INT4_ASYM)), dtype=dtype
     )
     wanted = getattr(torch, dtype)
     tensors = stored(result.output)

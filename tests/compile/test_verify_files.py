@@ -20,14 +20,13 @@ from tests.compile.tiny import (
     ATTENTION,
     INT4,
     MLP,
-    SHORT,
+    compile_tiny,
     pipeline,
     provenance,
     restamp,
     rule,
     save_tiny,
     tiny_model,
-    token_rows,
 )
 
 __all__ = ["damaged", "sound"]  # fixtures
@@ -118,12 +117,8 @@ def test_an_error_that_was_edited_is_seen(damaged: Path, sound: Path) -> None:
 def test_weights_that_a_transform_rescaled_are_not_compared_and_it_is_said(tmp_path: Path) -> None:
     """The scales of `down` go into `up`, those of the rest into norms: what was left alone is compared all the same."""
     source = save_tiny(tmp_path / "source", "llama")
-    result = qcompiler.compile(
-        source,
-        pipeline=pipeline(rule({**MLP, "layers": 1}, INT4, transform="awq"), rule(ATTENTION, INT4)),
-        output=tmp_path / "output",
-        calibration=token_rows(),
-        sampling=SHORT,
+    result = compile_tiny(
+        source, tmp_path / "output", pipeline(rule({**MLP, "layers": 1}, INT4, transform="awq"), rule(ATTENTION, INT4))
     )
     verified = qcompiler.verify(result.output, reference=source)
     layer = "model.layers.1"

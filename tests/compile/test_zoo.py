@@ -17,13 +17,12 @@ from tests.compile.tiny import (
     INT4_ASYM,
     INT8,
     MLP,
-    SHORT,
+    compile_tiny,
     pipeline,
     quantization,
     rule,
     save_tiny,
     stored,
-    token_rows,
 )
 from tests.zoo import FAMILIES
 
@@ -82,9 +81,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     source = save_tiny(folder / "source", family)
     result, refused = None, None
     try:
-        result = qcompiler.compile(
-            source, pipeline=PIPELINES[kind], output=folder / "output", sampling=SHORT, calibration=token_rows()
-        )
+        result = compile_tiny(source, folder / "output", PIPELINES[kind])
     except LegalityError as error:
         refused = str(error)
     return Case(family, kind, source, folder / "output", result, refused)

@@ -18,7 +18,7 @@ from passes.calibrate import Calibrate
 from passes.insert_observers import InsertObservers
 from passes.legalize import Legalize
 from passes.lower import Lower
-from qcompiler import CalibrationSpec, Pipeline, load_pipeline
+from qcompiler import CalibrationSpec, Pipeline, Result, compile, load_pipeline
 from qcompiler.capture.twin import build_twin
 from tests.zoo import tiny_config
 
@@ -83,6 +83,11 @@ def pipeline(
             Lower(),
         ]
     )
+
+
+def compile_tiny(source: Path, output: Path, chosen: Pipeline, *, rows: int = 8, **options: Any) -> Result:
+    """Compile a tiny model; `rows` of random tokens are there for what measures activations."""
+    return compile(source, pipeline=chosen, output=output, calibration=token_rows(rows), sampling=SHORT, **options)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

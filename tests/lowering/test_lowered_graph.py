@@ -21,11 +21,10 @@ from tests.compile.tiny import (
     ATTENTION,
     INT4_ASYM,
     MLP,
-    SHORT,
+    compile_tiny,
     pipeline,
     rule,
     save_tiny,
-    token_rows,
 )
 
 MIXED = pipeline(
@@ -38,13 +37,7 @@ MIXED = pipeline(
 @pytest.fixture(scope="module", params=["llama", "gemma2", "phi"])
 def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp(request.param)
-    return qcompiler.compile(
-        save_tiny(folder / "source", request.param),
-        pipeline=MIXED,
-        output=folder / "output",
-        calibration=token_rows(),
-        sampling=SHORT,
-    )
+    return compile_tiny(save_tiny(folder / "source", request.param), folder / "output", MIXED)
 
 
 def batches() -> list[TokenBatch]:

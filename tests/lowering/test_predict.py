@@ -17,12 +17,11 @@ from tests.compile.tiny import (
     EVERYWHERE,
     INT4_ASYM,
     MLP,
-    SHORT,
+    compile_tiny,
     pipeline,
     rule,
     save_tiny,
     stored,
-    token_rows,
 )
 
 HEAD = {"structure": "lm-head"}
@@ -51,9 +50,7 @@ def test_a_config_alone_predicts_every_byte(case: str, tmp_path: Path) -> None:
     bare.mkdir()
     shutil.copy(source / "config.json", bare)
     planned = qcompiler.plan(bare, chosen).report
-    result = qcompiler.compile(
-        source, pipeline=chosen, output=tmp_path / "output", calibration=token_rows(4), sampling=SHORT
-    )
+    result = compile_tiny(source, tmp_path / "output", chosen, rows=4)
     written = stored(result.output)
     assert planned.total_bytes == sum(tensor.nbytes for tensor in written.values())
     assert [numbers(row) for row in planned.layers] == [numbers(row) for row in result.report.layers]
