@@ -140,7 +140,7 @@ def compile(
     check_type("output", output, (str, Path), "a path")
     check_type("overwrite", overwrite, bool, "True or False")
     destination = Destination(Path(output), overwrite)
-    if isinstance(model, (str, Path)) and (given := Path(model).expanduser()).is_dir():
+    if isinstance(model, (str, Path)) and ((given := Path(model).expanduser()) / "config.json").is_file():
         check_apart(destination.folder, given)  # before anything that would advise to delete the output
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)

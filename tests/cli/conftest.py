@@ -92,4 +92,4 @@ def broken(model: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, compiled."""
-    return qcompiler.compile(model, pipeline="w8a8", output=tmp_path_factory.mktemp("outputs") / "compiled").output
+    return qcompiler.compile(model, pipeline="w8a8-rtn", output=tmp_path_factory.mktemp("outputs") / "compiled").output

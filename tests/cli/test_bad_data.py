@@ -50,7 +50,7 @@ def test_data_is_asked_for_where_activations_are_measured(model: Path, refuse: R
 )
 def test_options_of_data_need_data(option: str, model: Path, refuse: Refuse) -> None:
     says = [f"{option.partition('=')[0]}: it needs --dataset"]
-    refuse("compile", model, "-p", "w8a8", option, says=says, usage=True)
+    refuse("compile", model, "-p", "w8a8-rtn", option, says=says, usage=True)
 
 
 @pytest.mark.parametrize("option", ["--samples=0", "--sequence-length=0", "--seed=-1", "--batch-tokens=many"])
@@ -67,6 +67,6 @@ def test_what_became_of_the_data_is_said(model: Path, run: Run, results: Path) -
 
 
 def test_data_that_nothing_needs_is_not_read_and_this_is_said(model: Path, run: Run, results: Path) -> None:
-    ran = run("compile", model, "-p", "w8a8", "-o", results / "out", "--dataset", "none.jsonl")
+    ran = run("compile", model, "-p", "w8a8-rtn", "-o", results / "out", "--dataset", "none.jsonl")
     assert (ran.code, ran.err) == (0, "")
     assert "note: the calibration data was not read: nothing in this pipeline measures activations" in ran.out

@@ -43,13 +43,13 @@ def test_a_model_of_another_kind_is_refused_with_its_reason(
     model_type: str | None, says: list[str], tmp_path: Path, refuse: Refuse
 ) -> None:
     folder = config_only(tmp_path / "model", model_type=model_type)
-    refuse("compile", folder, "-p", "w8a8", says=[*says, "hint: "])
+    refuse("compile", folder, "-p", "w8a8-rtn", says=[*says, "hint: "])
 
 
 def test_a_model_that_is_already_quantized_is_refused(broken: Path, compiled: Path, refuse: Refuse) -> None:
     edit_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
-    refuse("compile", broken, "-p", "w8a8", says=["already quantized", "original"])
-    refuse("compile", compiled, "-p", "w8a8", says=["already quantized", "original"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=["already quantized", "original"])
+    refuse("compile", compiled, "-p", "w8a8-rtn", says=["already quantized", "original"])
 
 
 @pytest.mark.parametrize(
@@ -64,24 +64,30 @@ def test_a_model_that_is_already_quantized_is_refused(broken: Path, compiled: Pa
 def test_a_config_that_makes_no_model_is_refused(
     changes: dict[str, Any], says: str, broken: Path, refuse: Refuse
 ) -> None:
-    refuse("plan", edit_config(broken, **changes), "-p", "w8a8", says=["llama", says, "config.json"])
+    refuse("plan", edit_config(broken, **changes), "-p", "w8a8-rtn", says=["llama", says, "config.json"])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\0", '{"model_type": "llama"' + "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(text: str, broken: Path, refuse: Refuse) -> None:
     write(broken / "config.json", text)
-    refuse("compile", broken, "-p", "w8a8", says=[str(broken / "config.json"), "JSON", "download"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=[str(broken / "config.json"), "JSON", "download"])
 
 
 def test_a_model_that_is_not_there_is_refused(
     model: Path, tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refuse("compile", tmp_path / "none", "-p", "w8a8", says=[f"{tmp_path / 'none'}: there is no such folder", "hub id"])
-    refuse("compile", model / "config.json", "-p", "w8a8", says=["config.json: this is a file", "give the folder"])
-    refuse("compile", tmp_path, "-p", "w8a8", says=[f"{tmp_path} holds no config.json", "save_pretrained"])
     refuse(
-        "compile", "owner/nobody-has-this", "-p", "w8a8", says=["owner/nobody-has-this: ", "no such folder", "online"]
+        "compile", tmp_path / "none", "-p", "w8a8-rtn", says=[f"{tmp_path / 'none'}: there is no such folder", "hub id"]
+    )
+    refuse("compile", model / "config.json", "-p", "w8a8-rtn", says=["config.json: this is a file", "give the folder"])
+    refuse("compile", tmp_path, "-p", "w8a8-rtn", says=[f"{tmp_path} holds no config.json", "save_pretrained"])
+    refuse(
+        "compile",
+        "owner/nobody-has-this",
+        "-p",
+        "w8a8-rtn",
+        says=["owner/nobody-has-this: ", "no such folder", "online"],
     )
 
 
@@ -127,8 +133,8 @@ def remote(broken: Path, ran: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_remote_code_is_not_run_unasked(remote: Path, ran: Path, refuse: Refuse) -> None:
-    refuse("compile", remote, "-p", "w8a8", says=[str(remote), "its own modeling code", "--trust-remote-code"])
-    refuse("plan", remote, "-p", "w8a8", says=[str(remote), "its own modeling code", "--trust-remote-code"])
+    refuse("compile", remote, "-p", "w8a8-rtn", says=[str(remote), "its own modeling code", "--trust-remote-code"])
+    refuse("plan", remote, "-p", "w8a8-rtn", says=[str(remote), "its own modeling code", "--trust-remote-code"])
     assert not ran.exists()
 
 
@@ -136,7 +142,7 @@ def test_trusted_remote_code_compiles_and_goes_into_the_output(
     remote: Path, ran: Path, run: Run, refuse: Refuse, results: Path
 ) -> None:
     out = results / "out"
-    assert run("compile", remote, "-p", "w8a8", "-o", out, "--trust-remote-code").code == 0
+    assert run("compile", remote, "-p", "w8a8-rtn", "-o", out, "--trust-remote-code").code == 0
     assert {"configuration_pebble.py", "modeling_pebble.py"} <= {file.name for file in out.iterdir()}
     ran.unlink()
     refuse("verify", out, says=[str(out), "its own modeling code", "--trust-remote-code"])
@@ -156,4 +162,4 @@ def test_trusted_remote_code_that_does_not_run_is_named(broken_how: str, remote:
         "modeling_pebble.py" if broken_how == "is missing" else "pebbles everywhere",
         "that the model brings",
     ]
-    refuse("compile", remote, "-p", "w8a8", "--trust-remote-code", says=says)
+    refuse("compile", remote, "-p", "w8a8-rtn", "--trust-remote-code", says=says)

@@ -32,12 +32,12 @@ def make_old(folder: Path) -> Path:
 
 def test_an_output_that_exists_is_not_touched(old: Path, model: Path, refuse: Refuse) -> None:
     before = contents(old)
-    refuse("compile", model, "-p", "w8a8", says=[f"{old}: the output exists", "--overwrite"])
+    refuse("compile", model, "-p", "w8a8-rtn", says=[f"{old}: the output exists", "--overwrite"])
     assert contents(old) == before
 
 
 def test_overwriting_replaces_the_old_output_as_a_whole(old: Path, model: Path, run: Run, results: Path) -> None:
-    assert run("compile", model, "-p", "w8a8", "-o", old, "--overwrite").code == 0
+    assert run("compile", model, "-p", "w8a8-rtn", "-o", old, "--overwrite").code == 0
     assert "stale.txt" not in contents(old)
     assert os.listdir(results) == ["out"]
 
@@ -48,7 +48,7 @@ def test_a_failure_while_overwriting_leaves_the_old_output(old: Path, broken: Pa
     content = file.read_bytes()
     file.write_bytes(content[:-2] + b"\xff\xff")
     before = contents(old)
-    refuse("compile", broken, "-p", "w8a8", "--overwrite", says=["NaN"])
+    refuse("compile", broken, "-p", "w8a8-rtn", "--overwrite", says=["NaN"])
     assert contents(old) == before
 
 
@@ -65,13 +65,13 @@ def test_output_and_model_lie_apart(where: str, says: str, broken: Path, refuse:
         write(broken.parent / name, "{}")
     write(broken / "qcompiler.json", "{}")
     before = contents(broken)
-    refuse("compile", broken, "-p", "w8a8", "--overwrite", "--output", broken / where, says=[says, "apart"])
+    refuse("compile", broken, "-p", "w8a8-rtn", "--overwrite", "--output", broken / where, says=[says, "apart"])
     assert contents(broken) == before
 
 
 def test_a_model_that_was_not_compiled_is_never_replaced(broken: Path, model: Path, refuse: Refuse) -> None:
     before = contents(broken)
-    args = ["compile", model, "-p", "w8a8", "--overwrite", "--output", broken]
+    args = ["compile", model, "-p", "w8a8-rtn", "--overwrite", "--output", broken]
     refuse(*args, says=[str(broken), "no qcompiler.json", "choose another", "delete this one yourself"])
     assert contents(broken) == before
 
@@ -79,7 +79,7 @@ def test_a_model_that_was_not_compiled_is_never_replaced(broken: Path, model: Pa
 def test_what_is_no_model_folder_is_never_replaced(results: Path, model: Path, refuse: Refuse) -> None:
     (results / "home").mkdir()
     file = write(results / "home" / "thesis.tex", "years of work")
-    args = ["compile", model, "-p", "w8a8", "--overwrite", "--output"]
+    args = ["compile", model, "-p", "w8a8-rtn", "--overwrite", "--output"]
     refuse(*args, results / "home", says=[str(results / "home"), "no config.json", "choose another"])
     refuse(*args, file, says=[f"{file}: a file of this name exists", "choose another"])
     refuse(*args, file / "out", says=[str(file / "out"), "Not a directory"])
@@ -88,7 +88,7 @@ def test_what_is_no_model_folder_is_never_replaced(results: Path, model: Path, r
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 250])
 def test_a_name_too_long_for_the_file_system_is_refused(name: str, results: Path, model: Path, refuse: Refuse) -> None:
-    refuse("compile", model, "-p", "w8a8", "--output", results / name, says=["File name too long", "choose"])
+    refuse("compile", model, "-p", "w8a8-rtn", "--output", results / name, says=["File name too long", "choose"])
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def unwritable(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("inside", ["out", "new/out"])
 def test_a_folder_that_cannot_be_written_is_refused(inside: str, unwritable: Path, model: Path, refuse: Refuse) -> None:
     out = unwritable / inside
-    refuse("compile", model, "-p", "w8a8", "--output", out, says=[str(out), "Permission denied", "can be written"])
+    refuse("compile", model, "-p", "w8a8-rtn", "--output", out, says=[str(out), "Permission denied", "can be written"])
 
 
 PAGE = 4096
@@ -121,7 +121,7 @@ def pages(*sizes: int) -> int:
 def test_a_disk_that_is_full_leaves_the_old_output(
     moment: str, model: Path, compiled: Path, tmp_path: Path, refuse: Refuse
 ) -> None:
-    predicted = qcompiler.plan(model, "w8a8").report.total_bytes
+    predicted = qcompiler.plan(model, "w8a8-rtn").report.total_bytes
     shards = [file.stat().st_size for file in compiled.glob("*.safetensors")]
     room = {
         "at the start": predicted // 2,
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_leaves_the_old_output(
     with mounted(tmp_path / "disk", f"size={pages(room[moment]) + 2 * PAGE}") as disk:
         old = make_old(disk / "out")
         before = contents(disk)
-        args = ["compile", model, "-p", "w8a8", "--overwrite", "--output", old]
+        args = ["compile", model, "-p", "w8a8-rtn", "--overwrite", "--output", old]
         message = refuse(*args, says=[f"{old}: the disk is full", "are free", "hint: free space"])
         assert contents(disk) == before
         assert os.listdir(disk) == ["out"]
@@ -141,5 +141,5 @@ def test_a_disk_that_is_full_leaves_the_old_output(
 
 def test_a_mount_point_is_refused_because_it_cannot_be_exchanged(tmp_path: Path, model: Path, refuse: Refuse) -> None:
     with mounted(tmp_path / "volume", "size=64k") as volume:
-        args = ["compile", model, "-p", "w8a8", "--overwrite", "--output", volume]
+        args = ["compile", model, "-p", "w8a8-rtn", "--overwrite", "--output", volume]
         refuse(*args, says=[f"{volume}: ", "mount point", "a folder inside it"])

@@ -53,22 +53,22 @@ def edit_header(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize("command", ["compile", "plan"])
 def test_a_missing_shard_is_named(command: str, sharded: Path, refuse: Refuse) -> None:
     (sharded / SECOND).unlink()
-    refuse(command, sharded, "-p", "w8a8", says=[f"{sharded / SECOND}: the shard is missing", "download"])
+    refuse(command, sharded, "-p", "w8a8-rtn", says=[f"{sharded / SECOND}: the shard is missing", "download"])
 
 
 def test_a_truncated_shard_is_named(sharded: Path, refuse: Refuse) -> None:
     (sharded / FIRST).write_bytes((sharded / FIRST).read_bytes()[:-2])
-    refuse("compile", sharded, "-p", "w8a8", says=[f"{sharded / FIRST}: ", "truncated", "download"])
+    refuse("compile", sharded, "-p", "w8a8-rtn", says=[f"{sharded / FIRST}: ", "truncated", "download"])
 
 
 def test_a_header_that_lies_about_sizes_is_refused(broken: Path, refuse: Refuse) -> None:
     edit_header(broken, lambda header: header[UP].update(shape=[999, 64]))
-    refuse("compile", broken, "-p", "w8a8", says=["model.safetensors: ", UP, "[999, 64] takes 127872", "download"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=["model.safetensors: ", UP, "[999, 64] takes 127872", "download"])
 
 
 def test_a_header_with_tensors_on_top_of_each_other_is_refused(broken: Path, refuse: Refuse) -> None:
     edit_header(broken, lambda header: header[UP].update(header["model.layers.0.mlp.gate_proj.weight"]))
-    refuse("compile", broken, "-p", "w8a8", says=["model.safetensors: ", "overlaps"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=["model.safetensors: ", "overlaps"])
 
 
 @pytest.mark.parametrize("elsewhere", ["../{}", "{}"])
@@ -80,30 +80,34 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(
     named = elsewhere.format(outside.name if ".." in elsewhere else outside)
     index = (sharded / INDEX).read_text()
     (sharded / INDEX).write_text(index.replace(SECOND, named))
-    refuse("compile", sharded, "-p", "w8a8", says=[f"{sharded / INDEX}: ", named, "do not trust this checkpoint"])
+    refuse("compile", sharded, "-p", "w8a8-rtn", says=[f"{sharded / INDEX}: ", named, "do not trust this checkpoint"])
 
 
 @pytest.mark.parametrize(("name", "value"), [(UP, "nan"), (UP, "-inf"), ("model.norm.weight", "inf")])
 def test_weights_that_are_no_numbers_are_named(name: str, value: str, broken: Path, refuse: Refuse) -> None:
     edit_tensors(broken, lambda tensors: tensors[name].view(-1)[-1].fill_(float(value)))
     refuse(
-        "compile", broken, "-p", "w8a8", says=[name, "NaN or infinite", str(broken / "model.safetensors"), "damaged"]
+        "compile",
+        broken,
+        "-p",
+        "w8a8-rtn",
+        says=[name, "NaN or infinite", str(broken / "model.safetensors"), "damaged"],
     )
 
 
 def test_a_dtype_too_narrow_for_the_weights_is_told_from_a_damaged_checkpoint(broken: Path, refuse: Refuse) -> None:
     edit_tensors(broken, lambda tensors: tensors[UP].view(-1)[0].fill_(1e9))
-    refuse("compile", broken, "-p", "w8a8", "--dtype", "float16", says=[UP, "in float16", "--dtype"])
+    refuse("compile", broken, "-p", "w8a8-rtn", "--dtype", "float16", says=[UP, "in float16", "--dtype"])
 
 
 def test_a_parameter_that_no_file_holds_is_named(broken: Path, refuse: Refuse) -> None:
     edit_tensors(broken, lambda tensors: tensors.pop(UP))
-    refuse("compile", broken, "-p", "w8a8", says=[str(broken), UP, "incomplete"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=[str(broken), UP, "incomplete"])
 
 
 def test_a_tensor_of_another_shape_is_named(broken: Path, refuse: Refuse) -> None:
     edit_tensors(broken, lambda tensors: tensors.update({UP: torch.zeros(3, 4)}))
-    refuse("compile", broken, "-p", "w8a8", says=["model.safetensors: ", UP, "[176, 64]", "[3, 4]"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=["model.safetensors: ", UP, "[176, 64]", "[3, 4]"])
 
 
 def test_a_pickle_is_not_opened(broken: Path, refuse: Refuse, tmp_path: Path) -> None:
@@ -115,10 +119,12 @@ def test_a_pickle_is_not_opened(broken: Path, refuse: Refuse, tmp_path: Path) ->
 
     (broken / "model.safetensors").unlink()
     torch.save({"weight": Trap()}, broken / "pytorch_model.bin")
-    refuse("compile", broken, "-p", "w8a8", says=[str(broken), "pytorch_model.bin", "pickle", "save_pretrained"])
+    refuse("compile", broken, "-p", "w8a8-rtn", says=[str(broken), "pytorch_model.bin", "pickle", "save_pretrained"])
     assert not opened.exists()
 
 
 def test_a_model_without_weights_is_not_compiled(broken: Path, refuse: Refuse) -> None:
     (broken / "model.safetensors").unlink()
-    refuse("compile", broken, "-p", "w8a8", says=[f"{broken}: there is neither model.safetensors nor", "safetensors"])
+    refuse(
+        "compile", broken, "-p", "w8a8-rtn", says=[f"{broken}: there is neither model.safetensors nor", "safetensors"]
+    )

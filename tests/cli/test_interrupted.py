@@ -75,7 +75,7 @@ def packages(install: Install) -> Path:
 @pytest.fixture
 def old(run: Run, model: Path, results: Path) -> dict[str, bytes]:
     """What an earlier run left in `results / "out"`."""
-    assert run("compile", model, "-p", "w8a8", "-o", results / "out").code == 0
+    assert run("compile", model, "-p", "w8a8-rtn", "-o", results / "out").code == 0
     return contents(results)
 
 
@@ -103,7 +103,7 @@ def test_kill_9_leaves_the_old_output_and_a_later_run_succeeds(
     old: dict[str, bytes], run: Run, model: Path, results: Path, packages: Path, stalling: Path
 ) -> None:
     process = stalled(model, results, packages, stalling)
-    again = ["compile", model, "-p", "w8a8", "-o", results / "out", "--overwrite"]
+    again = ["compile", model, "-p", "w8a8-rtn", "-o", results / "out", "--overwrite"]
     ran = run(*again)
     assert (ran.code, ran.out) == (2, "")
     assert f"error: {results / 'out'}: another run is writing it" in ran.err
@@ -129,7 +129,7 @@ def test_control_c_leaves_the_old_output_alone_and_no_traceback(
 @pytest.mark.parametrize("library", ["typer", "torch"])
 def test_control_c_while_libraries_are_imported_is_one_line_too(library: str, tmp_path: Path, results: Path) -> None:
     write(tmp_path / f"{library}.py", "print('importing', flush=True)\nfrom time import sleep\nsleep(600)\n")
-    process = start("compile", "none", "-p", "w8a8", "-o", results / "out", packages=tmp_path)
+    process = start("compile", "none", "-p", "w8a8-rtn", "-o", results / "out", packages=tmp_path)
     assert process.stdout
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)

@@ -88,8 +88,8 @@ def test_the_demo_verifies_against_its_model_on_text_it_has_not_seen(demo: tuple
 
 
 def test_json_is_the_same_report_for_programs(model: Path, run: Run, results: Path) -> None:
-    planned = json.loads(run("plan", model, "-p", "w8a8", "--json").out)
-    ran = run("compile", model, "-p", "w8a8", "-o", results / "out", "--json")
+    planned = json.loads(run("plan", model, "-p", "w8a8-rtn", "--json").out)
+    ran = run("compile", model, "-p", "w8a8-rtn", "-o", results / "out", "--json")
     assert (ran.code, ran.err) == (0, "")
     report = json.loads(ran.out)
     assert report["total_bytes"] == planned["total_bytes"] == tensor_bytes(results / "out")
@@ -108,11 +108,11 @@ def test_a_plan_reads_no_weight(model: Path, broken: Path, run: Run) -> None:
         opened.write(b"\xff" * (file.stat().st_size - start))
     with safe_open(file, "pt") as opened:
         assert opened.get_tensor("model.norm.weight").isnan().all()
-    good, spoilt = (json.loads(run("plan", folder, "-p", "w8a8", "--json").out) for folder in (model, broken))
+    good, spoilt = (json.loads(run("plan", folder, "-p", "w8a8-rtn", "--json").out) for folder in (model, broken))
     assert spoilt["layers"] == good["layers"]
     assert spoilt["total_bytes"] == good["total_bytes"]
     file.unlink()
-    ran = run("plan", broken, "-p", "w8a8")
+    ran = run("plan", broken, "-p", "w8a8-rtn")
     assert (ran.code, ran.err) == (0, "")
     assert f"({good['total_bytes']:,} bytes)" in ran.out
     assert "note: no weight files: names on disk were not checked" in ran.out
@@ -137,7 +137,18 @@ def test_what_was_done_instead_is_printed_as_a_fallback(model: Path, tmp_path: P
 
 
 def test_graphs_are_printed_after_the_passes_asked_for(model: Path, run: Run, results: Path) -> None:
-    args = ["compile", model, "-p", "w8a8", "-o", results / "out", "--print-after", "assign", "--print-after", "lower"]
+    args = [
+        "compile",
+        model,
+        "-p",
+        "w8a8-rtn",
+        "-o",
+        results / "out",
+        "--print-after",
+        "assign",
+        "--print-after",
+        "lower",
+    ]
     ran = run(*args)
     assert (ran.code, ran.err) == (0, "")
     assert re.findall(r"^after (\S+):\ngraph \w+ \((\w+)\)$", ran.out, re.MULTILINE) == [
