@@ -18,7 +18,20 @@ from qcompiler.pipeline.registry import packaged_pipelines, pass_classes
 from tests.cli.command import PIPELINE, Ran, finish, pipeline_file, start
 from tests.cli.conftest import Run
 
-COLUMNS = ["layers", "linear", "structure", "shape", "scheme", "bits/weight", "bytes", "error", "because"]
+COLUMNS = [
+    "layers",
+    "linear",
+    "structure",
+    "shape",
+    "scheme",
+    "by",
+    "bits/weight",
+    "bytes",
+    "error",
+    "seconds",
+    "because",
+]
+"""Of a compilation that measures no outputs."""
 
 
 def table(out: str) -> list[dict[str, str]]:
@@ -44,7 +57,7 @@ def tensor_bytes(folder: Path) -> int:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """The demo model, compiled by a process of its own whose output is piped."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, finish(start("compile", model_path(), "--pipeline", "int4-int8", "--output", out))
+    return out, finish(start("compile", model_path(), "--pipeline", "int4-int8-rtn", "--output", out))
 
 
 def test_the_demo_compiles_with_a_line_for_each_kind_of_layer_and_totals_that_are_on_disk(
@@ -53,7 +66,7 @@ def test_the_demo_compiles_with_a_line_for_each_kind_of_layer_and_totals_that_ar
     out, ran = demo
     assert (ran.code, ran.err) == (0, "")
     assert not {"\x1b", "\r", "\u2501"} & set(ran.out), "no bar, and nothing that only a terminal understands"
-    assert ran.out.startswith(f"{model_path()}: int4-int8 for vllm-sm90\n")
+    assert ran.out.startswith(f"{model_path()}: int4-int8-rtn for vllm-sm90\n")
     assert not [line for line in ran.out.splitlines() if line != line.rstrip()]
     rows = {row["linear"].rpartition(".")[2]: row for row in table(ran.out)}
     assert list(rows) == [*("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "lm_head"]
@@ -62,6 +75,7 @@ def test_the_demo_compiles_with_a_line_for_each_kind_of_layer_and_totals_that_ar
     assert (down["structure"], down["shape"], down["scheme"]) == ("mlp-output", "256x512", "w:int8/g128")
     assert (down["bits/weight"], down["because"]) == ("8.13", "assign: rule 1")
     assert re.fullmatch(r"\d\.\d\de-\d\d \(max \d\.\d\de-\d\d\)", down["error"])
+    assert (down["by"], float(down["seconds"]) >= 0) == ("rtn", True)
     assert (rows["lm_head"]["scheme"], rows["lm_head"]["error"]) == ("dense", "")
     assert f"({tensor_bytes(out):,} bytes), 1.90 times smaller than" in ran.out
     assert "config: 28 of 29 sites quantized" in ran.out
@@ -95,8 +109,10 @@ def test_json_is_the_same_report_for_programs(model: Path, run: Run, results: Pa
     assert report["total_bytes"] == planned["total_bytes"] == tensor_bytes(results / "out")
     assert all(layer["error"] is None for layer in planned["layers"])
     assert all((layer["error"] is None) == (layer["scheme"] is None) for layer in report["layers"])
-    without = [{**layer, "error": None} for layer in report["layers"]]
-    assert without == planned["layers"]
+    measured = {"error", "seconds"}
+    assert all(report["layers"][0][name] is not None for name in measured)
+    for compiled, expected in zip(report["layers"], planned["layers"], strict=True):
+        assert {name for name in compiled if compiled[name] != expected[name]} <= measured
 
 
 def test_a_plan_reads_no_weight(model: Path, broken: Path, run: Run) -> None:
