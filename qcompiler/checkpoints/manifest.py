@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from qcompiler.errors import VerificationError
 
@@ -29,18 +31,35 @@ class FileDigest:
 
 
 class Digester:
-    """The digest of bytes as they come."""
+    """The digest of bytes as they come, in a thread of its own: the disk need not wait. Use it as a context manager.
+
+    At most one `update` is under way, so nothing piles up; its bytes must stay as they are until the next one.
+    """
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._size = 0
+        self._worker = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
 
     def update(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
+        self._wait()
         self._size += len(data)
+        self._under_way = self._worker.submit(self._hash.update, data)
 
     def digest(self) -> FileDigest:
+        self._wait()
         return FileDigest(self._size, self._hash.hexdigest())
+
+    def _wait(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._worker.shutdown()
 
 
 def digest_file(file: Path) -> FileDigest:

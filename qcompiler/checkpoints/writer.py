@@ -34,7 +34,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, DiskTensor]) -> FileDige
     """Write a safetensors file, byte for byte as the safetensors library would, and wait until it is on the disk.
 
     Returns the digest of what was handed to the disk: nothing is read again. Tensors may be of any device and stride;
-    at most one is held as a contiguous copy on the host. A `RawTensor` is copied from its file. Raises `OSError`, and
+    at most two are held as contiguous copies on the host. A `RawTensor` is copied from its file. Raises `OSError`, and
     `CheckpointError` for what safetensors cannot store.
     """
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -43,23 +43,23 @@ def write_safetensors(file: Path, tensors: Mapping[str, DiskTensor]) -> FileDige
             kind = "has no values (device meta)" if tensor.is_meta else f"is {tensor.layout}"
             raise CheckpointError(f"tensor {name!r} {kind}: it cannot be written", hint="load it, or make it dense")
     header = encode_header(specs, {"format": "pt"})  # loaders ask for this entry
-    digester = Digester()
-    with file.open("wb") as handle:
+    with Digester() as digester:
+        with file.open("wb") as handle:
 
-        def write(data: bytes | memoryview) -> None:
-            handle.write(data)
-            digester.update(data)
+            def write(data: bytes | memoryview) -> None:
+                digester.update(data)
+                handle.write(data)
 
-        write(header)
-        for name in write_order(specs):
-            tensor = tensors[name]
-            if isinstance(tensor, RawTensor):
-                tensor.copy_bytes(write)
-            else:
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                write(flat.view(torch.uint8).numpy().data)
-    sync_file(file)
-    return digester.digest()
+            write(header)
+            for name in write_order(specs):
+                tensor = tensors[name]
+                if isinstance(tensor, RawTensor):
+                    tensor.copy_bytes(write)
+                else:
+                    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                    write(flat.view(torch.uint8).numpy().data)
+        sync_file(file)
+        return digester.digest()
 
 
 class CheckpointWriter:

@@ -98,6 +98,16 @@ def test_a_text_that_cannot_be_used_is_named(compiled: Path, tmp_path: Path, ref
     refuse("verify", compiled, "--text", tmp_path / "none.txt", says=["no file or folder", "none.txt", "path"])
     short = write(tmp_path / "short.txt", "To be")
     refuse("verify", compiled, "--text", short, says=["short.txt has 6 tokens", "fewer than one sequence of 128"])
+    two = write(tmp_path / "two.jsonl", '{"ask": "who art thou", "answer": "the king"}\n' * 40)
+    refuse("verify", compiled, "--text", two, says=["which column of", "--text-column", "columns: ask, answer"])
+    refuse("verify", compiled, "--text", two, "--text-column=king", says=["no column 'king'", "columns: ask, answer"])
+
+
+def test_a_text_without_a_tokenizer_says_where_one_is_looked_for(damaged: Path, text: Path, refuse: Refuse) -> None:
+    for file in damaged.glob("token*"):
+        file.unlink()
+    says = [f"no tokenizer can be loaded from {damaged}", "put tokenizer files there", "input_ids"]
+    refuse("verify", damaged, "--text", text, says=says)
 
 
 def test_a_reference_that_does_not_fit_is_refused(compiled: Path, text: Path, tmp_path: Path, refuse: Refuse) -> None:

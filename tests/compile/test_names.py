@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match
 
 import qcompiler
-from qcompiler.errors import LegalityError
+from qcompiler.errors import LegalityError, VerificationError
 from tests.compile.tiny import (
     ATTENTION,
     EVERYWHERE,
@@ -80,6 +80,9 @@ def test_dense_experts_and_routers_are_ignored_under_either_name(tmp_path: Path)
         assert is_match(in_model, linear, config.ignore)
     # Loading dense experts beside packed linears is what Transformers cannot do, and that is said.
     assert any("Transformers cannot verify this checkpoint" in note.text for note in result.report.notes)
+    with pytest.raises(VerificationError, match=r"\(Transformers cannot verify this checkpoint: .*\)") as caught:
+        qcompiler.verify(result.output)
+    assert caught.value.hint == "this was known when it was compiled: judge it in the runtime of vllm-sm90"
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qcompiler
-from qcompiler.errors import QCompilerError
+from qcompiler.errors import CaptureError, QCompilerError, VerificationError
 from tests.compile.damage import DOWN, QUERY, Config, Tensors, change_config, change_tensors, damaged, refusal, sound
 
 __all__ = ["damaged", "sound"]  # fixtures
@@ -126,6 +126,21 @@ def test_a_model_that_computes_otherwise_than_the_graph_is_refused(
 
     monkeypatch.setattr(verification, "load_client", hearing_badly)
     assert re.search(r"logits differ from the compiled graph's by [0-9.]+ of their spread, more than", refusal(sound))
+
+
+def test_a_model_whose_folder_says_too_little_for_a_graph_is_not_called_damaged(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was compiled as a loaded model, whose buffers no file holds."""
+    from qcompiler.lowering import evaluate
+
+    def fail(model: object) -> None:
+        raise CaptureError("buffer x is in no checkpoint", hint="pass the loaded model itself instead of its folder")
+
+    monkeypatch.setattr(evaluate, "capture_graph", fail)
+    with pytest.raises(VerificationError, match=r"cannot be rebuilt from its config.*: buffer x is in") as caught:
+        qcompiler.verify(sound)
+    assert caught.value.hint == "this is no sign of damage: judge the checkpoint in the runtime that serves it"
 
 
 @pytest.mark.parametrize(("name", "expected"), [("nowhere", "nowhere"), ("source", "this checkpoint is not quantized")])
