@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 from qcompiler import select
 from qcompiler.data import CalibrationSpec
 from qcompiler.errors import ConfigError, RuleError, did_you_mean
-from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Role, get_quant, need, set_quant
+from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Role, get_quant, need, observed, set_quant
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.observers import observers
 from qcompiler.patterns.place import tell_blocked
 from qcompiler.pipeline import Context, PartitionStep, StreamingPass
-from qcompiler.runtime.solve import SolveStep
+from qcompiler.runtime.solve import SolveStep, solved_by, uses
 from qcompiler.select import Select
 
 
@@ -26,6 +26,10 @@ class Calibrate(StreamingPass):
     `scales`: those of each weight's range (`minmax`), of least squared error (`mse`), or of least squared error
     weighted by how large each input is (`importance`, which insert-observers must measure). Solver `rtn` rounds to
     nearest; `gptq` rounds column by column, and spreads each one's error over those that are left.
+
+    The same data in the same batches gives the same bytes, whatever the threads. Another `batch_tokens` adds up the
+    same terms in another order: scales that come of weights alone stay equal, and what data decides may differ in the
+    last bit, and so a code here and there.
 
     Later partitions see what earlier ones became; with `propagate: false`, what they were.
 
@@ -45,11 +49,18 @@ class Calibrate(StreamingPass):
     calibration: CalibrationSpec | None = None
 
     def apart(self, algorithms: tuple[str, ...]) -> tuple[StreamingPass, ...]:
-        mine = self.algorithms or algorithms
-        return tuple(replace(self, algorithms=(name,)) for name in algorithms if name in mine)
+        if self.algorithms:
+            return tuple(replace(self, algorithms=(name,)) for name in algorithms if name in self.algorithms)
+        *first, _ = algorithms
+        # The last takes what is left: a transform may not apply to all that a rule names it for.
+        return (*(replace(self, algorithms=(name,)) for name in first), self)
 
     def calibration_data(self) -> CalibrationSpec | None:
         return self.calibration
+
+    def measures(self, graph: Graph, run: int) -> bool:
+        mine = solved_by(graph, run)
+        return any(uses(found, mine) for node in graph.nodes if (found := observed(node)) is not None)
 
     def prepare(self, graph: Graph, context: Context) -> None:
         """Claim what this run solves: linears that no earlier run has claimed."""

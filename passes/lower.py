@@ -23,6 +23,9 @@ class Lower(StreamingPass):
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
 
+    def measures(self, graph: Graph, run: int) -> bool:
+        return False
+
     def prepare(self, graph: Graph, context: Context) -> None:
         for node, leaf in graph.linears():
             quant = get_quant(node)

@@ -222,19 +222,24 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
 
 def _load_data(sampled: _Sampled | None, pipeline: Pipeline, graph: Graph, context: Context) -> None:
     """Load calibration data where something in the graph measures it, before anything is written or computed."""
-    if not any(node.target is observe for node in graph.nodes):
+    runs: dict[int, CalibrationSpec | None] = {}
+    for run, items in enumerate(sweeps(pipeline), 1):
+        own = next((spec for item in items if (spec := item.calibration_data())), None)
+        if any(item.measures(graph, run) for item in items):
+            runs[run] = own
+        elif own is not None:
+            context.report.info(f"the calibration data of run {run} was not read: it measures no activations")
+    if not runs or not any(node.target is observe for node in graph.nodes):
         if sampled is not None:
             context.report.info("the calibration data was not read: nothing in this pipeline measures activations")
         return
-    runs = enumerate(sweeps(pipeline), 1)
-    own = {run: next((spec for item in items if (spec := item.calibration_data())), None) for run, items in runs}
     used: dict[str, object] = {}
-    for run, spec in own.items():
+    for run, spec in runs.items():
         if spec is not None:
             context.own_data[run], used[f"run {run}"] = _loaded(spec, None, graph, context, f"calibration of run {run}")
-    if all(spec is not None for spec in own.values()):
+    if all(spec is not None for spec in runs.values()):
         if sampled is not None:
-            context.report.info("the calibration data was not read: every run of this pipeline names its own")
+            context.report.info("the calibration data was not read: every run that measures something names its own")
     elif sampled is None:
         raise DataError(
             "this pipeline measures activations, and no calibration data was given",

@@ -159,10 +159,10 @@ def disk_full(output: Path, needed: int | None, free: int) -> CheckpointError:
 
 def free_bytes(path: Path) -> int:
     """Bytes free on the file system of `path`, or of its nearest ancestor that exists."""
-    return shutil.disk_usage(path if path.exists() else _nearest_above(path)).free
+    return shutil.disk_usage(path if path.exists() else nearest_above(path)).free
 
 
-def _nearest_above(path: Path) -> Path:
+def nearest_above(path: Path) -> Path:
     """The nearest ancestor of `path` that exists."""
     return next(above for above in path.absolute().parents if above.exists())
 
@@ -194,7 +194,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     above lets nothing be made in it. Nothing is written.
     """
     with writing_to(output):
-        above = _nearest_above(output)
+        above = nearest_above(output)
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
         if not os.access(above, os.W_OK | os.X_OK):

@@ -13,6 +13,7 @@ from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.printer import Printer
 from qcompiler.ir.rules.lowered import LOWERED
 from qcompiler.ir.rules.observers import OBSERVERS
+from qcompiler.ir.rules.rescales import RESCALES, RESCALES_MEASURED
 from qcompiler.ir.rules.rule import Rule
 from qcompiler.ir.rules.schemes import SCHEMES
 from qcompiler.ir.rules.structure import NO_SCHEME, NOTHING_INSERTED, STRUCTURE
@@ -20,9 +21,9 @@ from qcompiler.ir.rules.structure import NO_SCHEME, NOTHING_INSERTED, STRUCTURE
 SPECS: dict[Stage, tuple[Rule, ...]] = {
     Stage.CAPTURED: (*STRUCTURE, NO_SCHEME, NOTHING_INSERTED),
     Stage.ANNOTATED: (*STRUCTURE, *SCHEMES, NOTHING_INSERTED),
-    Stage.OBSERVED: (*STRUCTURE, *SCHEMES, *OBSERVERS),
-    Stage.CALIBRATED: (*STRUCTURE, *SCHEMES, *OBSERVERS),
-    Stage.LOWERED: (*STRUCTURE, *SCHEMES, *LOWERED),
+    Stage.OBSERVED: (*STRUCTURE, *SCHEMES, *OBSERVERS, *RESCALES, RESCALES_MEASURED),
+    Stage.CALIBRATED: (*STRUCTURE, *SCHEMES, *OBSERVERS, *RESCALES, RESCALES_MEASURED),
+    Stage.LOWERED: (*STRUCTURE, *SCHEMES, *LOWERED, *RESCALES),
 }
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Set
 from torch import Tensor
 
 from qcompiler.formats import cache_scale, layout
-from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Rescale, Role, get, get_quant, need, scheme_of
+from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, get, get_quant, need, scheme_of
 from qcompiler.ir.fx import Node, value
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.sites import LISTED
 from qcompiler.patterns.cache import cached_tensors
+from qcompiler.patterns.place import rescales, runs_of, too_late
 from qcompiler.report import LayerRow, Report
 from qcompiler.scheme import KVCacheSpec
 from qcompiler.source import ModelSource
@@ -71,9 +72,8 @@ def predict(graph: Graph, source: ModelSource, report: Report) -> None:
     paths = written_paths(graph, source)
     written = frozenset(paths)
     rows: dict[str, LayerRow] = {}
-    transforms = {
-        path: found.transform.name for node in graph.nodes if (found := get(node, Rescale)) for path in found.asked
-    }
+    runs, moved = runs_of(graph), rescales(graph.nodes)
+    transforms = {path: r.transform.name for r in moved for path in r.asked if path not in too_late(r, runs)}
     for node, leaf in graph.leaves():
         if leaf.kind in (*LISTED, LeafKind.EXPERTS) and leaf.path not in rows:
             rows[leaf.path] = _row(node, leaf, source, written)

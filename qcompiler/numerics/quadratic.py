@@ -19,5 +19,6 @@ def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
         product = rows[:, columns] @ hessian[columns, columns]
         if start:
             product.addmm_(rows[:, :start], hessian[:start, columns], alpha=2)
-        total += product.mul_(rows[:, columns]).sum(dtype=total.dtype)
+        # Row by row first: threads would each sum a part of the whole, and their number decide about the last bit.
+        total += product.mul_(rows[:, columns]).sum(1, dtype=total.dtype).sum()
     return float(total)

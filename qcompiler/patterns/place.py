@@ -48,15 +48,25 @@ def blocked(rescale: Rescale, solved: Container[str]) -> bool:
     return any(path in solved for path in (rescale.producer, *rescale.consumers))
 
 
+def runs_of(graph: Graph) -> dict[str, int]:
+    """Which run solves each linear, by path, of those that one has claimed."""
+    return {leaf.path: quant.run for node, leaf in graph.linears() if (quant := get_quant(node)) and quant.run}
+
+
+def too_late(rescale: Rescale, runs: Mapping[str, int]) -> tuple[str, ...]:
+    """The linears that ask for a scale which can move no more when the first of them is solved."""
+    first = min((runs[path] for path in rescale.asked if path in runs), default=0)
+    earlier = [path for path, run in runs.items() if run < first]
+    return rescale.asked if blocked(rescale, earlier) else ()
+
+
 def tell_blocked(graph: Graph, run: int, report: Report) -> None:
     """Say which transforms of a run come too late, because an earlier run rounds what they would change."""
-    runs = {leaf.path: quant.run for node, leaf in graph.linears() if (quant := get_quant(node)) and quant.run}
-    earlier = [path for path, number in runs.items() if number < run]
+    runs = runs_of(graph)
     late: dict[str, list[str]] = defaultdict(list)
     for found in rescales(graph.nodes):
-        asked = [path for path in found.asked if runs.get(path) == run]
-        if asked and blocked(found, earlier) and not any(path in earlier for path in found.asked):
-            late[f"{found.transform.name} ({found.kind})"] += asked
+        if paths := [path for path in too_late(found, runs) if runs.get(path) == run]:
+            late[f"{found.transform.name} ({found.kind})"] += paths
     for what, paths in late.items():
         report.fallback(
             f"no {what} for {_some(paths)}, quantized without it: an earlier calibrate rounds its producer, or another "

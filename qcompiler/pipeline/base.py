@@ -67,6 +67,10 @@ class StreamingPass(Pass):
         """The data that this pass's sweep is to see; None: what the whole compilation was given."""
         return None
 
+    def measures(self, graph: Graph, run: int) -> bool:
+        """Whether the sweep `run` of a prepared graph needs what observers collect, and so data."""
+        return True
+
     def prepare(self, graph: Graph, context: Context) -> None:
         """Before any weight is read, when planning too: check and claim what the sweep `context.sweep` will do.
 

@@ -97,7 +97,7 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
     begun: list[PartitionStep] = []
     context.sweep = 0
     several = len(sweeps(pipeline)) > 1
-    carry = Carry(context.output.folder.parent if context.output else None) if several else None
+    carry = Carry(context.output.folder if context.output else None) if several else None
     try:
         for stretch in _stretches(items[first:]):
             if isinstance(stretch, list):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from qcompiler.checkpoints.output import nearest_above, writing_to
+from qcompiler.checkpoints.writer import write_safetensors
 from qcompiler.numerics import QuantizedTensor
 from qcompiler.pipeline.base import Solved
 from qcompiler.scheme import QuantSpec
@@ -29,13 +30,17 @@ class Carried:
 
 
 class Carry:
-    """Keeps what a sweep made of each partition for the sweeps after it, in a temporary folder within `beside`.
+    """Keeps what a sweep made of each partition for the sweeps after it, in a temporary folder near `output`.
 
-    `beside` None: where the system keeps such. Close it: the folder goes with it.
+    `output` None: where the system keeps such. Close it: the folder goes with it. Raises `CheckpointError` where it
+    cannot write.
     """
 
-    def __init__(self, beside: Path | None) -> None:
-        self._folder = TemporaryDirectory(prefix=".qcompiler-sweep-", dir=beside, ignore_cleanup_errors=True)
+    def __init__(self, output: Path | None) -> None:
+        self._output = output or Path(gettempdir())
+        near = nearest_above(output) if output else None  # its parent may have to be made yet
+        with writing_to(self._output):
+            self._folder = TemporaryDirectory(prefix=".qcompiler-sweep-", dir=near, ignore_cleanup_errors=True)
         self._specs: dict[str, dict[str, QuantSpec]] = {}
 
     def keep(self, partition: str, solved: Mapping[str, Solved], altered: Mapping[str, Tensor]) -> None:
@@ -48,8 +53,9 @@ class Carry:
         self._specs[partition] = {path: linear.weight.spec for path, linear in solved.items()}
         file = self._file(partition)
         fresh = file.with_suffix(".new")  # what was kept before may be mapped into memory still
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, fresh)
-        fresh.replace(file)
+        with writing_to(self._output, sum(tensor.nbytes for tensor in tensors.values())):
+            write_safetensors(fresh, tensors)
+            fresh.replace(file)
 
     def of(self, partition: str, device: torch.device) -> Carried:
         """What is kept of a partition, on `device`; nothing before the first sweep went through it."""

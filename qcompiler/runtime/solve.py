@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -52,6 +53,18 @@ class _Done:
     seconds: float
 
 
+def solved_by(graph: Graph, run: int) -> frozenset[str]:
+    """The paths of the linears that a run solves."""
+    return frozenset(leaf.path for n, leaf in graph.linears() if (q := get_quant(n)) and q.run == run)
+
+
+def uses(observer: AnyObserver, solved: frozenset[str]) -> bool:
+    """Whether a run that solves some linears needs what an observer collects; each needs that of keys and values."""
+    if isinstance(observer, Observer) and observer.purpose != "input":
+        return True
+    return not solved.isdisjoint(observer.consumers)
+
+
 class SolveStep(PartitionStep):
     """Solves the linears of one run: those whose `Quant.run` is `run`."""
 
@@ -60,13 +73,12 @@ class SolveStep(PartitionStep):
         self._run = run
         self._scales = scales
         self._begun: set[str] = set()
-        self._mine = frozenset(leaf.path for n, leaf in graph.linears() if (q := get_quant(n)) and q.run == run)
+        self._damped: dict[tuple[float, float], list[str]] = defaultdict(list)  # by what was asked and what it took
+        self._mine = solved_by(graph, run)
         self.propagates = propagate
 
     def uses(self, observer: AnyObserver) -> bool:
-        if isinstance(observer, Observer) and observer.purpose != "input":
-            return True
-        return not self._mine.isdisjoint(observer.consumers)
+        return uses(observer, self._mine)
 
     def partition(self, work: PartitionWork) -> None:
         todo = [(node, quant) for node in work.partition.nodes if (quant := self._todo(node)) is not None]
@@ -109,6 +121,15 @@ class SolveStep(PartitionStep):
         for statistic in work.statistics.ranges.values():
             if statistic.observer.purpose != "input":
                 work.caches[statistic.observer], _ = statistic.qparams(self._context.source.dtype)
+
+    def finish(self) -> None:
+        """One note for all layers whose damping grew alike."""
+        for (asked, used), paths in self._damped.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            self._context.report.fallback(
+                f"gptq: damping {used:g} for {paths[0]}{more}, where {asked:g} was asked for: with less, the Hessian "
+                "of their inputs is not positive definite"
+            )
 
     def _todo(self, node: Node) -> Quant | None:
         leaf, quant = get(node, Leaf), get_quant(node)
@@ -175,7 +196,11 @@ class SolveStep(PartitionStep):
                 ) from error
 
         made = dict(zip(jobs, in_parallel(run, jobs, device=self._context.device), strict=True))
-        return {path: made[hessians[path], options] for path, options in wanted.items()}
+        found = {path: made[hessians[path], options] for path, options in wanted.items()}
+        for path, options in wanted.items():
+            if (used := found[path].damping) > options.damping:
+                self._damped[options.damping, used].append(path)
+        return found
 
     def _importance(
         self,

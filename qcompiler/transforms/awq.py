@@ -88,7 +88,7 @@ def normalized_mean(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Te
     for weight, spec in zip(weights, specs, strict=True):
         whole = weight_amax(weight) if spec.strategy is Strategy.TENSOR else None
         for piece in pieces(spec, (weight.shape[0], weight.shape[1]), weight.device):
-            values = piece.elements(weight).float().abs_()
+            values = piece.elements(weight).float().abs()  # not in place: the elements of float32 are a view
             values /= (values.amax((1, 3), keepdim=True) if whole is None else whole) + 1e-6
             total[piece.columns] += values.flatten(2).sum((0, 1)).double()
     return (total / sum(len(weight) for weight in weights)).float()

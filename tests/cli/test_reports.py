@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from passes.assign import Assign
 from qcompiler.demo import evaluation_text, model_path
-from qcompiler.pipeline import parse_pipeline
+from qcompiler.pipeline import load_pipeline, parse_pipeline
+from qcompiler.pipeline.independent import independent_runs
 from qcompiler.pipeline.registry import packaged_pipelines, pass_classes
 from tests.cli.command import PIPELINE, Ran, finish, pipeline_file, start
 from tests.cli.conftest import Run
@@ -180,6 +181,19 @@ def test_the_printed_pipeline_is_the_pipeline(model: Path, tmp_path: Path, run: 
     printed, _, rest = run("plan", model, "-p", pipeline_file(tmp_path), "--print-pipeline").out.partition("\n\n")
     assert parse_pipeline(printed) == parse_pipeline(PIPELINE)
     assert rest.startswith(f"{model}: test for transformers\n")
+
+
+def test_the_printed_pipeline_has_independent_runs_where_they_are_asked_for(
+    model: Path, tmp_path: Path, run: Run
+) -> None:
+    rule = "{select: {structure: mlp-output}, scheme: {weights: {bits: 8, group_size: 16}}, solver: gptq}"
+    changes = ((", mlp-output]", "]"), ("      rules:\n", f"      rules:\n        - {rule}\n"))
+    file = pipeline_file(tmp_path, *changes)
+    ran = run("plan", model, "-p", file, "--independent", "--print-pipeline")
+    assert (ran.code, ran.err) == (0, "")
+    printed = parse_pipeline(ran.out.partition("\n\n")[0])
+    assert printed == independent_runs(load_pipeline(file))
+    assert [item.name for item in printed.flat()].count("calibrate") == 2
 
 
 def test_passes_lists_every_pass_with_its_options_and_every_pipeline(run: Run) -> None:

@@ -71,15 +71,16 @@ def pipeline(
     legalize: Mapping[str, Any] | None = None,
     observers: Mapping[str, Any] | None = None,
     scales: Any = "minmax",
+    runs: Sequence[Mapping[str, Any]] = ({},),
     **assign: Any,
 ) -> Pipeline:
-    """A whole pipeline; its rules are written as in YAML."""
+    """A whole pipeline; its rules are written as in YAML. `runs`: what each calibrate says besides `scales`."""
     return load_pipeline(
         [
             Assign(rules=rules, ignore=ignore, **assign),  # type: ignore[arg-type]
             Legalize(target=target, **(legalize or {})),
             InsertObservers(**(observers or {})),
-            Calibrate(scales=scales),
+            *(Calibrate(scales=scales, **run) for run in runs),
             Lower(),
         ]
     )

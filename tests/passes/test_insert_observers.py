@@ -59,6 +59,12 @@ def test_a_layer_before_and_after(golden: Golden) -> None:
     golden("insert-observers", f"{layer(before)}\n{layer(run(before, 'insert-observers').graph)}")
 
 
+def test_a_layer_whose_scales_move(golden: Golden) -> None:
+    """AWQ from the norm to q, k and v, and from up to down: who gives, who takes, and what is collected for it."""
+    awq = ({**rule("W4A16", structure=name), "transform": "awq"} for name in ("attention-input", "mlp-output"))
+    golden("insert-observers-awq", layer(run(block(), assign(*awq), "insert-observers").graph))
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 

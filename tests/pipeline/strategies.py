@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from annotated_types import BaseMetadata
 from hypothesis import reject
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -88,6 +90,7 @@ _OWN: dict[Any, st.SearchStrategy[Any]] = {
     Select: SELECTS,
     Scheme: SCHEMES,
     str: TEXT,
+    Path: TEXT,  # what is read from a file is text
     float: st.floats(allow_nan=False),  # not a number is not equal to itself
 }
 
@@ -98,7 +101,8 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(target_names())
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        bounds = [bound for item in parts[1:] if isinstance(item, FieldInfo) for bound in item.metadata]
+        bounds = [bound for item in parts[1:] for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        bounds = [bound for bound in bounds if isinstance(bound, BaseMetadata)]
         return st.from_type(Annotated[(parts[0], *bounds)]) if bounds else of_type(parts[0])
     if origin in (Union, UnionType):
         return st.one_of([of_type(part) for part in parts])

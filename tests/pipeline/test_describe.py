@@ -64,6 +64,6 @@ def test_every_packaged_pipeline_is_listed_with_its_description() -> None:
     assert lines[0] == "packaged pipelines"
     assert [line.split()[0] for line in lines[1:]] == list(packaged_pipelines())
     assert any(
-        line.endswith("  MLP outputs in 8-bit integers, all else in asymmetric 4-bit integers, groups of 128.")
+        line.endswith("  MLP outputs in 8-bit integers, all else in asymmetric 4-bit integers, groups of 128, by GPTQ.")
         for line in lines
     )

@@ -20,7 +20,7 @@ from qcompiler.ir.annotations import Quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.partition import partitions
 from qcompiler.pipeline import Context, GraphPass, PartitionStep, PartitionWork, Pass, Pipeline, StreamingPass
-from qcompiler.pipeline.manager import run_graph_passes, run_streaming_passes
+from qcompiler.pipeline.manager import run_graph_passes, run_streaming_passes, sweeps
 from qcompiler.pipeline.pipeline import load_pipeline
 from qcompiler.report import Report
 from qcompiler.source import ModelSource, open_model
@@ -54,6 +54,13 @@ class Watch(StreamingPass):
     def begin(self, graph: Graph, context: Context) -> PartitionStep:
         self.log.append(f"{self.who} begins")
         return _Watching(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Watch):
+    """Another pass that does the same: a pass that comes again begins a sweep of its own."""
+
+    name: ClassVar[str] = "look"
 
 
 class _Watching(PartitionStep):
@@ -166,7 +173,7 @@ def test_streaming_passes_that_follow_each_other_are_one_sweep(graph: Graph, con
     log: Log = []
     progress: Log = []
     context.progress = lambda what, done, total: progress.append(f"{what} {done}/{total}")
-    run_streaming_passes(graph, pipeline(Watch(who="a", log=log), Watch(who="b", log=log)), context)
+    run_streaming_passes(graph, pipeline(Watch(who="a", log=log), Look(who="b", log=log)), context)
     names = [part.name for part in partitions(graph)]
     assert names == ["inputs", "layer 0", "layer 1", "outputs"]
     sweep = [f"{who}: {name}" for name in names for who in "ab"]
@@ -183,17 +190,35 @@ def test_a_graph_pass_between_them_makes_them_two(graph: Graph, context: Context
     assert [t.name for t in context.report.timings if t.name in ("watch", "note")] == ["watch", "note"] * 2
 
 
+def test_a_pass_that_comes_again_begins_a_sweep_of_its_own(graph: Graph, context: Context) -> None:
+    log: Log = []
+    items = (Watch(who="a", log=log), Look(who="b", log=log), Watch(who="c", log=log))
+    assert sweeps(pipeline(*items)) == [[*items[:2]], [items[2]]]
+    run_streaming_passes(graph, pipeline(*items), context)
+    told = [line for line in log if ":" not in line]
+    assert told == ["a begins", "b begins", "a ends", "b ends", "c begins", "c ends"]
+    assert log.index("c begins") > log.index("b: outputs")
+
+
+def test_whatever_ends_a_later_sweep_steps_of_earlier_ones_are_undone(graph: Graph, context: Context) -> None:
+    log: Log = []
+    items = pipeline(Watch(who="a", log=log), Watch(who="b", log=log, fails_at="layer 0"))
+    with pytest.raises(KeyboardInterrupt):
+        run_streaming_passes(graph, items, context)
+    assert log[-3:] == ["b: inputs", "a is undone", "b is undone"]
+
+
 def test_time_in_a_sweep_is_told_per_pass_and_per_part(graph: Graph, context: Context) -> None:
     shown: Log = []
-    run_streaming_passes(graph, pipeline(Watch(), Watch()), context, show=lambda name, graph: shown.append(name))
-    assert shown == ["watch", "watch"]
-    assert [timing.name for timing in context.report.timings] == ["watch", "watch", "load"]
+    run_streaming_passes(graph, pipeline(Watch(), Look()), context, show=lambda name, graph: shown.append(name))
+    assert shown == ["watch", "look"]
+    assert [timing.name for timing in context.report.timings] == ["watch", "look", "load"]
 
 
 @pytest.mark.parametrize("at", ["inputs", "layer 1", "outputs"])
 def test_whatever_ends_a_sweep_every_step_is_undone(at: str, graph: Graph, context: Context) -> None:
     log: Log = []
-    items = pipeline(Watch(who="a", log=log), Watch(who="b", log=log, fails_at=at), Note(log=log))
+    items = pipeline(Watch(who="a", log=log), Look(who="b", log=log, fails_at=at), Note(log=log))
     with pytest.raises(KeyboardInterrupt):
         run_streaming_passes(graph, items, context)
     assert log[-3:] == [f"a: {at}", "a is undone", "b is undone"]

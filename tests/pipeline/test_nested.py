@@ -110,7 +110,9 @@ def test_files_that_multiply_are_refused(write: Write) -> None:
 def test_an_unknown_nested_pipeline_is_told_with_its_line(write: Write) -> None:
     path = write("a.yaml", "passes:\n- legalize\n- pipeline: int4-int9\n")
     wrong = refusal(path)
-    assert wrong.message == (f"{path}:3: passes[1].pipeline: unknown pipeline 'int4-int9'; did you mean 'int4-int8'?")
+    assert wrong.message == (
+        f"{path}:3: passes[1].pipeline: unknown pipeline 'int4-int9'; did you mean 'int4-int8' or 'int4-int8-rtn'?"
+    )
     assert "a YAML file, or one of: " in str(wrong.hint)
     path = write("a.yaml", "passes:\n- pipeline: gone.yaml\n")
     assert refusal(path).message.startswith(f"{path}:2: passes[0].pipeline: pipeline 'gone.yaml' cannot be read: ")

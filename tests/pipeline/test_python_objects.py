@@ -59,7 +59,7 @@ def test_options_may_be_the_plain_data_of_yaml() -> None:
             Assign(rules=({"select": {"name": "*"}, "scheme": "W4"},)),
             "assign.rules[0].scheme: unknown scheme 'W4'; did",
         ),  # type: ignore[arg-type]
-        (Calibrate(scales=None), "calibrate.scales: Input should be 'minmax' or 'mse'"),  # type: ignore[arg-type]
+        (Calibrate(scales=None), "calibrate.scales: Input should be 'minmax', 'mse' or 'importance'"),  # type: ignore[arg-type]
         (InsertObservers(percentile=20), "insert-observers.percentile: Input should be greater than 50"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +18,20 @@ from qcompiler.demo import calibration_text, model_path
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.pipeline import Pipeline, parse_pipeline
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, StreamingPass
-from tests.compile.tiny import timeless
+from tests.compile.tiny import (
+    EVERYWHERE,
+    INT4,
+    INT8,
+    SHORT,
+    pipeline,
+    rule,
+    same,
+    save_tiny,
+    stored,
+    timeless,
+    tiny_model,
+    token_rows,
+)
 
 PIPELINE = """
 name: test
@@ -24,7 +39,8 @@ passes:
   - assign:
       rules:
         - {select: {structure: mlp-output}, scheme: {weights: {type: int, bits: 8, group_size: 128}}, solver: SOLVER}
-        - {select: {structure: [attention-input, attention-output]}, scheme: W4A16_ASYM, solver: SOLVER}
+        - {select: {structure: [attention-input, attention-output]}, scheme: W4A16_ASYM, solver: SOLVER,
+           transform: TRANSFORM}
         - {select: {structure: mlp-input}, scheme: FP8, solver: SOLVER}
   - legalize
   - insert-observers
@@ -35,7 +51,10 @@ SAMPLES = qcompiler.CalibrationSpec(dataset=calibration_text(), samples=24, sequ
 
 
 def mixed(solver: str) -> Pipeline:
-    return parse_pipeline(PIPELINE.replace("SOLVER", solver))
+    """To nearest as it stands, or by GPTQ, with AWQ in attention."""
+    return parse_pipeline(
+        PIPELINE.replace("SOLVER", solver).replace("TRANSFORM", "awq" if solver == "gptq" else "none")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +155,53 @@ def test_hessians_are_of_the_inputs_that_the_model_really_has(tmp_path: Path) ->
     assert len(wanted) == 4
     for path, exact in wanted.items():
         assert (seen[path].double() - exact).norm() <= 1e-4 * exact.norm(), path
+
+
+def test_dampings_that_grew_and_dead_inputs_are_told(tmp_path: Path) -> None:
+    """A Hessian of fewer tokens than channels, and a channel of the first norm that is always zero."""
+    model: Any = tiny_model("llama", layers=1, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[7] = 0
+    model.save_pretrained(tmp_path / "source")
+    chosen = pipeline(rule(EVERYWHERE, INT4, solver={"gptq": {"damping": 1e-9}}))
+    result = qcompiler.compile(
+        tmp_path / "source", pipeline=chosen, output=tmp_path / "out", calibration=token_rows(1), sampling=SHORT
+    )
+    rows = {row.path.rpartition(".")[2]: row for row in result.report.layers if row.scheme}
+    assert all(row.damping is not None and row.damping > 1e-9 for row in rows.values())
+    assert [name for name, row in rows.items() if row.dead_columns] == ["q_proj", "k_proj", "v_proj"]
+    notes = [note.text for note in result.report.notes if note.kind == "fallback"]
+    told = [
+        re.fullmatch(
+            r"gptq: damping (\S+) for \S+?(?: and (\d+) more)?, where 1e-09 was asked for: with less, the Hessian of "
+            "their inputs is not positive definite",
+            text,
+        )
+        for text in notes
+    ]
+    grown = Counter(f"{row.damping:g}" for row in rows.values())
+    assert {found.group(1): 1 + int(found.group(2) or 0) for found in told if found} == grown
+    assert len(told) == len(grown)
+
+
+def test_a_change_of_the_batches_changes_no_scale_and_few_codes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama", layers=1)
+    made = []
+    for tokens in (64, 512):
+        sampling = SHORT.model_copy(update={"batch_tokens": tokens})
+        result = qcompiler.compile(
+            tmp_path / "source",
+            pipeline=pipeline(rule(EVERYWHERE, INT8, solver="gptq")),
+            output=tmp_path / str(tokens),
+            calibration=token_rows(16),
+            sampling=sampling,
+        )
+        made.append(stored(result.output))
+    one, other = made
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        if key.endswith("weight_packed"):
+            codes = [found[key].view(torch.uint8) for found in made]
+            assert (codes[0] != codes[1]).float().mean() < 0.02, key
+        else:
+            assert same(tensor, other[key]), key

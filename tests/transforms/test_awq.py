@@ -160,3 +160,12 @@ def test_weights_are_averaged_as_shares_of_the_largest_that_shares_their_scale(n
         for tile in tiles(share, WEIGHT_SPECS[name]):
             tile.copy_(tile.abs() / (tile.abs().max() + 1e-6))
     assert torch.allclose(normalized_mean(weights, [WEIGHT_SPECS[name]] * 2), torch.cat(shares).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WEIGHT_SPECS)
+def test_weights_stay_as_they_were(name: str, dtype: torch.dtype) -> None:
+    weights = [weight.to(dtype) for weight in data(24, 16)[0]]
+    before = [weight.clone() for weight in weights]
+    normalized_mean(weights, [WEIGHT_SPECS[name]] * 2)
+    assert all(torch.equal(weight, copy) for weight, copy in zip(weights, before, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.ir.violations import lowered, observers, schemes, structure
+from tests.ir.violations import lowered, observers, rescales, schemes, structure
 from tests.ir.violations.case import CASES, Case
 
-__all__ = ["CASES", "Case", "lowered", "observers", "schemes", "structure"]
+__all__ = ["CASES", "Case", "lowered", "observers", "rescales", "schemes", "structure"]
