@@ -143,7 +143,7 @@ class SolveStep(PartitionStep):
         quants = {need(node, Leaf).path: quant for node, quant in todo}
 
         def nearest(path: str, weight: Tensor) -> QuantizedTensor:
-            return self._nearest(path, weight, quants[path], None, None, scales="minmax")
+            return self._nearest(path, weight, quants[path], None, None)
 
         for rescale in rescales(work.partition.nodes):
             asked = tuple(path for path in rescale.asked if path in quants)
