@@ -46,7 +46,7 @@ def load_calibration(
         else:
             samples = list(islice(reading, spec.samples))
     samples = samples[: spec.samples]
-    if not samples or (len(samples) < spec.samples and reading.tokens < length):
+    if not samples or reading.tokens < length:
         raise reading.too_short(length)
     if len(samples) < spec.samples:
         notes.append(f"{len(samples)} of {spec.samples} samples: {source.name} has no more")

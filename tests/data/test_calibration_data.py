@@ -35,8 +35,15 @@ def test_the_models_window_caps_the_sequence_length_and_says_so(tokenizer_folder
     assert data.sequence_length == 32
     assert data.tokens == 32
     assert "sequence length capped at the model's window: 32, not 2048" in data.notes
-    data = load(spec(sequence_length=16, samples=1), tokenizer_folder, ["y" * 10], max_window=32)
+    data = load(spec(sequence_length=16, samples=1), tokenizer_folder, ["y" * 15], max_window=32)
     assert (data.sequence_length, data.notes) == (16, ())
+
+
+def test_fewer_tokens_than_one_sequence_are_refused_though_there_are_as_many_rows_as_asked(
+    tokenizer_folder: Path,
+) -> None:
+    with pytest.raises(DataError, match=r"^rows has 12 tokens in 4 rows, fewer than one sequence of 16\n.*sequence"):
+        load(spec(sequence_length=16, samples=4), tokenizer_folder, ["hi"] * 4)
 
 
 def test_fewer_samples_than_asked_are_noted(tokenizer_folder: Path) -> None:

@@ -23,7 +23,11 @@ def main(job: str, model: str, pipeline: str, output: str, tokens: str) -> None:
             planned = plan(model, pipeline)
             values["bytes"] = planned.report.total_bytes
         else:
-            sampling = CalibrationSpec(samples=len(rows), shuffle=False) if rows else None
+            sampling = (
+                CalibrationSpec(samples=len(rows), sequence_length=len(rows[0]["input_ids"]), shuffle=False)
+                if rows
+                else None
+            )
             result = compile(
                 model, pipeline=pipeline, output=Path(output), calibration=rows, sampling=sampling, overwrite=True
             )

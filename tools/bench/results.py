@@ -102,7 +102,7 @@ def _windows(tokenizer: object, file: Path, length: int, count: int) -> list[lis
 def _ours(folder: Path, pipeline: str, rows: list[list[int]], output: Path) -> Path | Cell:
     data = [{"input_ids": row} for row in rows]
     try:
-        sampling = CalibrationSpec(samples=len(rows), shuffle=False)
+        sampling = CalibrationSpec(samples=len(rows), sequence_length=len(rows[0]), shuffle=False)
         # Any target: which hardware serves a scheme has no bearing on what it predicts.
         compile(folder, pipeline=pipeline, output=output, calibration=data, sampling=sampling, target="transformers")
     except QCompilerError as error:
