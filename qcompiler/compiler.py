@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qcompiler.arguments import check_callable, check_rows, check_type
 from qcompiler.capture import capture_and_prove
+from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.output import check_apart, check_output
 from qcompiler.data import CalibrationSpec, TokenData, load_calibration
 from qcompiler.errors import ConfigError, DataError
@@ -206,10 +207,8 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
             f"nothing was checked against target {request.target}: pipeline {report.pipeline} has no legalize"
         )
     predict(graph, source, report)
-    if source.has_weights and (assumed := source.names.assumed):
-        report.info(
-            f"stored twice, and taken for equal, as the model ties them: {', '.join(assumed)} (compile compares them)"
-        )
+    if source.has_weights:
+        _tell_of_keys(source.names, report)
     context.provenance = {
         "model": name,
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -218,6 +217,19 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
         "versions": _versions(request.pipeline),
     }
     return context, graph
+
+
+def _tell_of_keys(names: NameMap, report: Report) -> None:
+    """Note what the checkpoint holds and is not compiled as it is there."""
+    if names.assumed:
+        assumed = ", ".join(names.assumed)
+        report.info(f"stored twice, and taken for equal, as the model ties them: {assumed} (compile compares them)")
+    if names.unexpected:
+        shown = ", ".join(names.unexpected[:3]) + (", ..." if names.unexpected[3:] else "")
+        report.warning(
+            f"left out, as the model that config.json describes has no place for them: tensors of the checkpoint "
+            f"({len(names.unexpected)}): {shown}"
+        )
 
 
 def _load_data(sampled: _Sampled | None, pipeline: Pipeline, graph: Graph, context: Context) -> None:

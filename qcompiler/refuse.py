@@ -34,8 +34,9 @@ def refuse(config: Any) -> None:
             f"{name} has no causal language model in Transformers {transformers.__version__}",
             hint="choose a model that AutoModelForCausalLM loads",
         )
-    if getattr(config, "num_hidden_layers", None) == 0:
-        raise CaptureError(f"{name} with 0 layers", hint="correct num_hidden_layers in config.json")
+    count = getattr(config, "num_hidden_layers", None)
+    if isinstance(count, int) and count < 1:
+        raise CaptureError(f"{name} with {count} layers", hint="correct num_hidden_layers in config.json")
     layers = sorted(map(str, set(getattr(config, "layer_types", None) or ())))
     recurrent = [kind for kind in layers if _RECURRENT.search(kind)]
     if not recurrent and getattr(cls, "_is_stateful", False):

@@ -23,6 +23,7 @@ from qcompiler.checkpoints.finite import FiniteTensor, check_finite, place
 from qcompiler.checkpoints.hub import resolve_model
 from qcompiler.checkpoints.memory import LoadedTensors
 from qcompiler.checkpoints.names import NameMap
+from qcompiler.checkpoints.quantized import is_dense, refuse_described
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint, holds_weights
 from qcompiler.checkpoints.writer import DiskTensor
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
@@ -90,7 +91,7 @@ class ModelSource:
     def check_weights(self) -> None:
         """Read the headers of the weight files, and find every parameter in them: quick, where capture is not.
 
-        Raises `CheckpointError` for files that are missing or damaged, or that hold another model.
+        Raises `CheckpointError` for files that are missing or damaged, or that hold another or a quantized model.
         """
         _ = self.names
 
@@ -166,7 +167,7 @@ def open_model(
 
     tokenizer: of a loaded model, as an object or a folder; a folder brings its own. A loaded model is only read: it is
     neither run nor changed. Raises `CaptureError` for what is no causal language model of the installed Transformers,
-    `ConfigError` for a wrong dtype or tokenizer, `CheckpointError` for a folder that is none.
+    `ConfigError` for a wrong dtype or tokenizer, `CheckpointError` for a folder that is none or is quantized already.
     """
     dtype = _dtype_name(dtype)
     if not isinstance(model, (str, Path)):
@@ -176,6 +177,7 @@ def open_model(
     folder = resolve_model(str(model), revision=revision)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     refuse(config)
+    refuse_described(folder)
     built = build_on_meta(config, dtype=_dtype(dtype, config, folder), trust_remote_code=trust_remote_code)
     refuse_built(built)
     return ModelSource(folder, config, built, trust_remote_code, reads_weights=reads_weights)
@@ -291,7 +293,7 @@ def _dtype(name: str, config: Any, folder: Path) -> torch.dtype:
     if not holds_weights(folder):
         return torch.float32
     with CheckpointReader.open(folder) as reader:
-        return next((meta.dtype for meta in reader.tensors.values() if meta.dtype.is_floating_point), torch.float32)
+        return next((meta.dtype for meta in reader.tensors.values() if is_dense(meta.dtype)), torch.float32)
 
 
 def _short(dtype: torch.dtype) -> str:

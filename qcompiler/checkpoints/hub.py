@@ -26,6 +26,10 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
 
     Raises `CheckpointError` when it is neither, or when the hub cannot be reached and its cache lacks the model.
     """
+    if not model.strip():
+        raise CheckpointError(
+            f"the model's name is empty: {model!r}", hint="give a folder or a hub id; `.` is this folder"
+        )
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:

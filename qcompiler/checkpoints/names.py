@@ -20,8 +20,9 @@ from transformers.core_model_loading import Chunk, PrefixChange, SplitModulelist
 
 from qcompiler.checkpoints.conversions import Conversion, reading, writing
 from qcompiler.checkpoints.header import TensorMeta
+from qcompiler.checkpoints.quantized import refuse_codes, refuse_scales
 from qcompiler.checkpoints.reader import RawTensor, TensorSource
-from qcompiler.checkpoints.ties import absent_by_design, resolve_ties, tie_classes
+from qcompiler.checkpoints.ties import not_by_design, resolve_ties, tie_classes
 from qcompiler.errors import CheckpointError, did_you_mean
 from qcompiler.tensors import Spec
 
@@ -38,7 +39,7 @@ class _Write:
 class NameMap:
     """The paths of a model against the keys of a checkpoint, both ways.
 
-    unused: keys of the checkpoint that the model has no place for (Transformers ignores them too).
+    unexpected: keys of the checkpoint that the model has no place for, and that Transformers too finds unexpected.
     absent: paths that no file holds and that Transformers knows to be absent: neither loaded nor written.
     aliases: tied paths that are not written, each with the path that is written for it.
     assumed: tied paths that the checkpoint holds too, and that nobody compared.
@@ -52,11 +53,11 @@ class NameMap:
         stand_ins: Mapping[str, str],
         aliases: Mapping[str, str],
         absent: frozenset[str],
-        unused: tuple[str, ...],
+        unexpected: tuple[str, ...],
         transforms: Sequence[object],
         assumed: tuple[str, ...] = (),
     ) -> None:
-        self.unused = unused
+        self.unexpected = unexpected
         self.absent = absent
         self.assumed = assumed
         self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases))
@@ -77,21 +78,25 @@ class NameMap:
         Parameters are loaded in the dtype that they have in `model`, or float32 where Transformers insists on it.
         Names to write are what `save_pretrained` would write after loading this checkpoint.
 
-        Raises `CheckpointError` for missing parameters, shapes that differ, and keys that cannot be told apart.
+        Raises `CheckpointError` for missing parameters, shapes that differ, keys that cannot be told apart, and weights
+        that are quantized already.
         """
         transforms = get_model_conversion_mapping(model)
         conversions, unused = reading(reader.tensors, transforms, model)
+        _, unexpected = not_by_design(model, (), unused)
+        refuse_codes(model, reader, conversions)
+        refuse_scales(model, reader, conversions, unexpected)
         state = model.state_dict()
         reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
         tied = tie_classes(model)
         aliases, stand_ins = resolve_ties(tied, reads, partial(_same, model, reader) if compare else _taken_for_equal)
         doubles = () if compare else tuple(path for path in aliases if path in reads)
         missing = frozenset(state.keys() - reads.keys() - stand_ins.keys())
-        absent = absent_by_design(model, missing)
-        if missing - absent:
-            raise _missing(reader, sorted(missing - absent), unused)
+        lost, _ = not_by_design(model, missing, ())
+        if lost:
+            raise _missing(reader, sorted(lost), unused)
         used = [t for t in transforms if t.was_used()]
-        return cls(model, reader, reads, stand_ins, aliases, absent, unused, used, doubles)
+        return cls(model, reader, reads, stand_ins, aliases, missing, unexpected, used, doubles)
 
     @classmethod
     def of_loaded(cls, model: PreTrainedModel, reader: TensorSource, transforms: Sequence[object] | None) -> Self:
@@ -112,6 +117,7 @@ class NameMap:
                 hint="merge or remove adapters and modules of your own, and make its config say what it is",
             )
         conversions = [Conversion(path, (path,)) for path in state]
+        refuse_codes(model, reader, conversions)
         reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
         aliases, stand_ins = resolve_ties(tie_classes(model), reads, partial(_same, model, reader))
         return cls(model, reader, reads, stand_ins, aliases, frozenset(), (), transforms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -47,16 +47,18 @@ def resolve_ties(
     return aliases, stand_ins
 
 
-def absent_by_design(model: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:
-    """Those of the missing paths that the model's class declares as not stored."""
+def not_by_design(
+    model: PreTrainedModel, missing: Iterable[str], unused: Iterable[str]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Missing paths that the model's class does not declare as not stored, and unused keys that it does not expect."""
+    unused = tuple(unused)
     info = LoadStateDictInfo(
         missing_keys=set(missing),
-        unexpected_keys=set(),
+        unexpected_keys=set(unused),
         mismatched_keys=set(),
         error_msgs=[],
         conversion_errors={},
         skipped_pp_keys=set(),
     )
     model._adjust_missing_and_unexpected_keys(info)
-    remaining: set[str] = info.missing_keys
-    return missing - remaining
+    return frozenset(info.missing_keys), tuple(key for key in unused if key in info.unexpected_keys)

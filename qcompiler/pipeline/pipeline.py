@@ -101,6 +101,11 @@ def _load(name: str, reading: _Reading, place: Place | None = None) -> Pipeline:
     said = f"{place}: " if place is not None else ""
     path = reading.folder / name
     try:
+        if name and path.is_dir():
+            raise ConfigError(
+                f"{said}pipeline {name!r} is a folder{did_you_mean(name, packaged)}",
+                hint=f"give a YAML file in it, or one of: {', '.join(packaged)}",
+            )
         if not path.is_file() and (path.suffix not in _SUFFIXES or path.exists()):
             raise ConfigError(
                 f"{said}unknown pipeline {name!r}{did_you_mean(name, packaged)}",

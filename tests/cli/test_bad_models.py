@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.cli.command import write
 from tests.cli.conftest import Refuse, Run
@@ -52,6 +54,45 @@ def test_a_model_that_is_already_quantized_is_refused(broken: Path, compiled: Pa
     refuse("compile", compiled, "-p", "w8a8-rtn", says=["already quantized", "original"])
 
 
+@pytest.mark.parametrize("command", ["compile", "plan"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_model_whose_weights_alone_are_quantized_is_refused(
+    declared: bool, command: str, broken: Path, refuse: Refuse
+) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    codes = {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items() if "_proj." in key}
+    scales = {f"{key}_scale_inv": torch.ones(1, 1) for key in codes}
+    save_file(tensors | codes | scales, broken / "model.safetensors")
+    if not declared:  # the dtype is then read off the files, where codes come first
+        edit_config(broken, dtype=None)
+    refuse(command, broken, "-p", "w8a8-rtn", says=["_proj.weight' is stored as float8_e4m3fn", "already quantized"])
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantization_config.json", "quant_config.json"])
+def test_another_tools_description_of_a_quantization_is_refused(name: str, broken: Path, refuse: Refuse) -> None:
+    write(broken / name, "{}")
+    refuse("plan", broken, "-p", "w8a8-rtn", says=[f"{broken / name}: ", "already quantized", "dense"])
+
+
+@pytest.mark.parametrize("command", ["compile", "plan"])
+def test_tensors_that_the_model_has_no_place_for_are_told(command: str, broken: Path, run: Run, results: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    second = {key.replace(".0.", ".1."): value.clone() for key, value in tensors.items() if ".layers.0." in key}
+    save_file(tensors | second, broken / "model.safetensors")
+    ran = run(command, broken, "-p", "w8a8-rtn", *(("-o", results / "out") if command == "compile" else ()))
+    assert ran.code == 0
+    told = " ".join(ran.out.split()).partition("warning: left out, ")[2]
+    assert f"({len(second)}): {', '.join(sorted(second)[:3])}, ..." in told
+
+
+def test_a_model_without_a_name_is_not_the_current_folder(
+    model: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    for name in ("", " "):
+        refuse("plan", name, "-p", "w8a8-rtn", says=["the model's name is empty", "folder or a hub id"])
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -59,6 +100,7 @@ def test_a_model_that_is_already_quantized_is_refused(broken: Path, compiled: Pa
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads (3)"),
         ({"hidden_act": "sliu"}, "'sliu'"),
         ({"num_hidden_layers": 0}, "0 layers"),
+        ({"num_hidden_layers": -2}, "-2 layers"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused(

@@ -52,6 +52,7 @@ def test_unknown_names_on_the_command_line_are_answered_with_known_ones(
     model: Path, tmp_path: Path, refuse: Refuse
 ) -> None:
     refuse("compile", model, "-p", "w4a61", says=["unknown pipeline 'w4a61'; did you mean 'w4a16'", "a YAML file"])
+    refuse("compile", model, "-p", tmp_path, says=[f"pipeline '{tmp_path}' is a folder", "a YAML file in it"])
     refuse("compile", model, "-p", tmp_path / "none.yaml", says=["none.yaml", "No such file"])
     refuse(
         "plan",

@@ -143,7 +143,7 @@ def test_an_unknown_pipeline_gets_its_near_name_and_all_others() -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "/dev/null", "a\0b", "x" * 5000])
 def test_a_name_that_is_neither_packaged_nor_a_file_is_unknown(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^(unknown pipeline|pipeline .* cannot be read)"):
+    with pytest.raises(ConfigError, match=r"^(unknown pipeline|pipeline '.' is a folder|pipeline .* cannot be read)"):
         load_pipeline(name)
 
 
