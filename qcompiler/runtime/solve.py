@@ -217,21 +217,14 @@ class SolveStep(PartitionStep):
         return hessians[path].diagonal() if path in hessians else channels[path].mean_square()
 
     def _nearest(
-        self,
-        path: str,
-        weight: Tensor,
-        quant: Quant,
-        global_scale: Tensor | None,
-        importance: Tensor | None,
-        *,
-        scales: ScaleChoice | None = None,
+        self, path: str, weight: Tensor, quant: Quant, global_scale: Tensor | None, importance: Tensor | None
     ) -> QuantizedTensor:
         assert quant.scheme is not None
         try:
             return quantize_weight(
                 weight,
                 quant.scheme.weights,
-                scales="minmax" if (scales or self._scales) == "minmax" and importance is None else "mse",
+                scales="minmax" if self._scales == "minmax" and importance is None else "mse",
                 scale_dtype=self._context.source.dtype,
                 global_scale=global_scale,
                 importance=importance,
