@@ -25,6 +25,7 @@ from qcompiler.errors import ConfigError, DataError
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
 from qcompiler.lowering.predict import predict
+from qcompiler.lowering.ties import tell_ties
 from qcompiler.patterns.nearest import unplaced
 from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pipeline
 from qcompiler.pipeline.base import Destination
@@ -209,6 +210,7 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
     predict(graph, source, report)
     if source.has_weights:
         _tell_of_keys(source.names, report)
+    tell_ties(graph, source, report)
     context.provenance = {
         "model": name,
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -220,10 +222,7 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
 
 
 def _tell_of_keys(names: NameMap, report: Report) -> None:
-    """Note what the checkpoint holds and is not compiled as it is there."""
-    if names.assumed:
-        assumed = ", ".join(names.assumed)
-        report.info(f"stored twice, and taken for equal, as the model ties them: {assumed} (compile compares them)")
+    """Warn of what the checkpoint holds and is not compiled."""
     if names.unexpected:
         shown = ", ".join(names.unexpected[:3]) + (", ..." if names.unexpected[3:] else "")
         report.warning(

@@ -22,7 +22,7 @@ from qcompiler.checkpoints.conversions import Conversion, reading, writing
 from qcompiler.checkpoints.header import TensorMeta
 from qcompiler.checkpoints.quantized import refuse_codes, refuse_scales
 from qcompiler.checkpoints.reader import RawTensor, TensorSource
-from qcompiler.checkpoints.ties import not_by_design, resolve_ties, tie_classes
+from qcompiler.checkpoints.ties import Ties, not_by_design, resolve_ties, tie_classes
 from qcompiler.errors import CheckpointError, did_you_mean
 from qcompiler.tensors import Spec
 
@@ -42,6 +42,7 @@ class NameMap:
     unexpected: keys of the checkpoint that the model has no place for, and that Transformers too finds unexpected.
     absent: paths that no file holds and that Transformers knows to be absent: neither loaded nor written.
     aliases: tied paths that are not written, each with the path that is written for it.
+    apart: paths that the model ties, and that the checkpoint holds with other values than the path given with each.
     assumed: tied paths that the checkpoint holds too, and that nobody compared.
     """
 
@@ -50,8 +51,7 @@ class NameMap:
         model: PreTrainedModel,
         reader: TensorSource,
         reads: Mapping[str, Conversion],
-        stand_ins: Mapping[str, str],
-        aliases: Mapping[str, str],
+        ties: Ties,
         absent: frozenset[str],
         unexpected: tuple[str, ...],
         transforms: Sequence[object],
@@ -60,13 +60,14 @@ class NameMap:
         self.unexpected = unexpected
         self.absent = absent
         self.assumed = assumed
-        self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases))
+        self.aliases: Mapping[str, str] = MappingProxyType(dict(ties.aliases))
+        self.apart: Mapping[str, str] = MappingProxyType(dict(ties.apart))
         self._model = model
         self._reader = reader
         self._reads = reads
-        self._stand_ins = stand_ins
+        self._stand_ins = ties.stand_ins
         self._specs = _loaded_specs(model, reads)
-        left_out = set(aliases) | absent | set(model._keys_to_ignore_on_save or ())
+        left_out = set(ties.aliases) | absent | set(model._keys_to_ignore_on_save or ())
         self._writes = self._plan_writing([path for path in self._specs if path not in left_out], transforms)
 
     @classmethod
@@ -89,14 +90,14 @@ class NameMap:
         state = model.state_dict()
         reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
         tied = tie_classes(model)
-        aliases, stand_ins = resolve_ties(tied, reads, partial(_same, model, reader) if compare else _taken_for_equal)
-        doubles = () if compare else tuple(path for path in aliases if path in reads)
-        missing = frozenset(state.keys() - reads.keys() - stand_ins.keys())
+        ties = resolve_ties(tied, reads, partial(_same, model, reader) if compare else _taken_for_equal)
+        doubles = () if compare else tuple(path for path in ties.aliases if path in reads)
+        missing = frozenset(state.keys() - reads.keys() - ties.stand_ins.keys())
         lost, _ = not_by_design(model, missing, ())
         if lost:
             raise _missing(reader, sorted(lost), unused)
         used = [t for t in transforms if t.was_used()]
-        return cls(model, reader, reads, stand_ins, aliases, missing, unexpected, used, doubles)
+        return cls(model, reader, reads, ties, missing, unexpected, used, doubles)
 
     @classmethod
     def of_loaded(cls, model: PreTrainedModel, reader: TensorSource, transforms: Sequence[object] | None) -> Self:
@@ -119,8 +120,8 @@ class NameMap:
         conversions = [Conversion(path, (path,)) for path in state]
         refuse_codes(model, reader, conversions)
         reads = {path: conversion for conversion in conversions for path in _dry_run(conversion, model, state, reader)}
-        aliases, stand_ins = resolve_ties(tie_classes(model), reads, partial(_same, model, reader))
-        return cls(model, reader, reads, stand_ins, aliases, frozenset(), (), transforms)
+        ties = resolve_ties(tie_classes(model), reads, partial(_same, model, reader))
+        return cls(model, reader, reads, ties, frozenset(), (), transforms)
 
     def spec(self, path: str) -> Spec:
         """Dtype and shape of a parameter or persistent buffer as `load` returns it."""

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from qcompiler.checkpoints.conversions import Conversion
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """What ties mean for a checkpoint, by path.
+
+    aliases: tied paths that are not written, each with the path that is. stand_ins: paths that no file holds, each with
+    the path whose value they take. apart: paths that the model ties, and that the checkpoint holds with other values
+    than the path that each is given with.
+    """
+
+    aliases: Mapping[str, str]
+    stand_ins: Mapping[str, str]
+    apart: Mapping[str, str]
 
 
 def tie_classes(model: PreTrainedModel) -> list[list[str]]:
@@ -28,23 +43,22 @@ def resolve_ties(
     classes: Sequence[Sequence[str]],
     reads: Mapping[str, Conversion],
     same: Callable[[Conversion, Conversion], bool],
-) -> tuple[dict[str, str], dict[str, str]]:
+) -> Ties:
     """Decide what ties mean for a checkpoint that holds the paths in `reads`.
 
-    Returns two mappings: tied paths that are not written -> the path that is; paths that no file holds -> the path
-    whose value they take. As in `PreTrainedModel.tie_weights`, paths that a checkpoint holds with *different* values
-    are not tied after all.
+    As in `PreTrainedModel.tie_weights`, paths that a checkpoint holds with *different* values are not tied after all.
     """
     aliases: dict[str, str] = {}
     stand_ins: dict[str, str] = {}
+    apart: dict[str, str] = {}
     for paths in classes:
         held = [path for path in paths if path in reads]
         if not held:
             continue
         stand_ins |= {path: held[0] for path in paths if path not in reads}
-        apart = [path for path in held[1:] if not same(reads[held[0]], reads[path])]
+        apart |= {path: held[0] for path in held[1:] if not same(reads[held[0]], reads[path])}
         aliases |= {path: paths[0] for path in paths[1:] if path not in apart}
-    return aliases, stand_ins
+    return Ties(aliases, stand_ins, apart)
 
 
 def not_by_design(

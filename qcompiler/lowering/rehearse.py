@@ -18,7 +18,8 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
 from qcompiler.ir.graph import Graph
-from qcompiler.lowering.predict import quantized_paths, written_specs
+from qcompiler.lowering.predict import written_specs
+from qcompiler.lowering.ties import untied
 from qcompiler.source import ModelSource
 from qcompiler.tensors import Spec
 
@@ -41,7 +42,7 @@ def rehearse(graph: Graph, source: ModelSource, quantization: Mapping[str, Any])
     does not pass either, the rehearsal is at fault, and its result is unknown. A forward pass is not rehearsed.
     """
     config = copy.deepcopy(source.config)
-    if any(path in source.names.aliases for path in quantized_paths(graph)):
+    if untied(graph, source):
         config.tie_word_embeddings = False  # as it will be written: see `CheckpointStep`
     refused = _obstacle(source, config, _on_meta(written_specs(graph, source)), quantization)
     if refused is None:

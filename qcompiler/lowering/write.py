@@ -17,6 +17,7 @@ from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
 from qcompiler.lowering.predict import disk_prefix, quantized_paths, written_paths
 from qcompiler.lowering.sites import disk_sites, sites
+from qcompiler.lowering.ties import untied
 from qcompiler.pipeline.base import Context, Destination, PartitionWork
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.weights import tensor_paths
@@ -131,8 +132,7 @@ class CheckpointStep:
         config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         config["dtype"] = str(source.dtype).removeprefix("torch.")
-        if any(path in source.names.aliases for path in self._quantized):
-            # A head with codes of its own shares nothing with the embedding any more.
+        if untied(self._graph, source):
             config["tie_word_embeddings"] = False
         return {**config, "quantization_config": self._config.config}
 

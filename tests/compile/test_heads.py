@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,13 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tied` and `untied` checkpoints of the same family."""
+    """`tied` and `untied` checkpoints of the same family; `apart` is untied, and its config says that it is tied."""
     folder = tmp_path_factory.mktemp("heads")
     save_tiny(folder / "tied", "llama", tie_word_embeddings=True)
     save_tiny(folder / "untied", "llama")
+    save_tiny(folder / "apart", "llama")
+    config = {**model_config(folder / "apart"), "tie_word_embeddings": True}
+    (folder / "apart" / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -50,6 +54,7 @@ def test_a_dense_tied_head_is_in_no_file_and_stays_tied(folder: Path, tmp_path: 
     result = compiled(folder / "tied", tmp_path / "output")
     assert not head_keys(result.output)
     assert model_config(result.output)["tie_word_embeddings"]
+    assert not any("tie_word_embeddings" in note.text for note in result.report.notes)
     assert (result.report.row("lm_head").scheme, result.report.row("lm_head").bytes) == (None, 0)
     assert qcompiler.verify(result.output).difference == 0
 
@@ -64,12 +69,56 @@ def test_a_quantized_tied_head_becomes_a_layer_of_its_own(
     }
     assert model_config(folder / "tied")["tie_word_embeddings"]
     assert model_config(result.output)["tie_word_embeddings"] is False
+    (note,) = (note for note in result.report.notes if "tie_word_embeddings" in note.text)
+    assert (note.kind, "lm_head.weight is not tied" in note.text) == ("info", True)
     assert torch.equal(stored(result.output)[EMBEDDING], stored(folder / "tied")[EMBEDDING])
     assert result.report.row("lm_head").bytes == sum(
         stored(result.output)[key].nbytes for key in head_keys(result.output)
     )
     assert result.report.total_bytes == sum(tensor.nbytes for tensor in stored(result.output).values())
     assert qcompiler.verify(result.output).difference == 0
+
+
+@pytest.mark.parametrize("scheme", [None, INT4_ASYM], ids=["dense", "quantized"])
+def test_a_head_of_its_own_beside_a_config_that_ties_it_is_written_as_untied(
+    folder: Path, tmp_path: Path, scheme: dict[str, object] | None
+) -> None:
+    source = folder / "apart"
+    loaded = AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(loaded.lm_head.weight, stored(source)["lm_head.weight"])
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    result = compiled(source, tmp_path / "output", *([rule(HEAD, scheme)] if scheme else []))
+    written = stored(result.output)
+    assert model_config(result.output)["tie_word_embeddings"] is False
+    assert torch.equal(written[EMBEDDING], stored(source)[EMBEDDING])
+    assert ("lm_head.weight_packed" in written, "lm_head.weight" in written) == (scheme is not None, scheme is None)
+    if scheme is None:
+        assert torch.equal(written["lm_head.weight"], stored(source)["lm_head.weight"])
+    (note,) = (note for note in result.report.notes if "tie_word_embeddings" in note.text)
+    assert note.kind == "warning"
+    assert "lm_head.weight is not tied, though the config says so: the files hold other values" in note.text
+    assert result.plan.report.total_bytes == sum(tensor.nbytes for tensor in written.values())
+    assert qcompiler.verify(result.output, reference=source).difference == 0
+
+
+def test_a_loaded_model_whose_head_came_apart_is_written_as_untied(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "apart")
+    assert model.config.tie_word_embeddings
+    result = compile_tiny(model, tmp_path / "output", pipeline(rule(HEAD, INT4_ASYM)))
+    assert model_config(result.output)["tie_word_embeddings"] is False
+    assert qcompiler.verify(result.output).difference == 0
+
+
+@pytest.mark.parametrize("scheme", [None, INT4_ASYM], ids=["dense", "quantized"])
+def test_a_plan_says_how_many_bytes_a_head_takes_that_is_not_the_embedding(
+    folder: Path, tmp_path: Path, scheme: dict[str, object] | None
+) -> None:
+    chosen = pipeline(rule(ATTENTION, INT8), *([rule(HEAD, scheme)] if scheme else []))
+    planned = qcompiler.plan(folder / "apart", chosen).report
+    more = compile_tiny(folder / "apart", tmp_path / "output", chosen).report.total_bytes - planned.total_bytes
+    assert more == (0 if scheme else stored(folder / "apart")["lm_head.weight"].nbytes)
+    (note,) = (note for note in planned.notes if "stored twice" in note.text)
+    assert (f"and writes {more} bytes more where they differ" in note.text) == (scheme is None)
 
 
 def test_a_head_is_targeted_by_name_alone(folder: Path, tmp_path: Path) -> None:
