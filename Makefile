@@ -11,6 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 RUNTIME := $(VENV)/.runtime
 DEVELOPMENT := $(VENV)/.development
 DEMO := qcompiler/demo
+SOURCES := $(shell find qcompiler passes -type f ! -name '*.pyc' ! -name '*.md')
 SERVED := w4a16-asym w8a8+w4a16 fp8-dynamic
 
 .DELETE_ON_ERROR:
@@ -57,7 +58,7 @@ tests: $(DEVELOPMENT)
 serve-check: $(RUNTIME) $(SERVED:%=$(OUT)/serve/%/qcompiler.json)
 	$(BIN)/python tools/serve/check.py $(SERVED:%=$(OUT)/serve/%)
 
-$(OUT)/serve/%/qcompiler.json: $(RUNTIME) $(wildcard qcompiler/*.py qcompiler/*/*.py passes/*.py passes/pipelines/*)
+$(OUT)/serve/%/qcompiler.json: $(RUNTIME) $(SOURCES)
 	$(BIN)/qcompiler compile $(DEMO)/model --pipeline $* --target vllm-cpu --output $(OUT)/serve/$* --overwrite
 
 clean:
