@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qcompiler.arguments import check_count, check_type
 from qcompiler.checkpoints.manifest import check_files
 from qcompiler.checkpoints.output import PROVENANCE
 from qcompiler.data import TokenBatch, load_evaluation
@@ -80,8 +82,18 @@ def verify(
 
     Raises `VerificationError` where the checkpoint is not what was compiled, where loading leaves anything out or
     logits differ beyond the scheme's tolerance; `CheckpointError` where there is no checkpoint, or one that is damaged
-    in itself; `DataError` for a text that cannot be used or a reference that is another model.
+    in itself; `DataError` for a text that cannot be used or a reference that is another model; `ConfigError` for
+    arguments that cannot be meant.
     """
+    check_type("checkpoint", checkpoint, (str, Path), "the path of a compiled folder")
+    for name, value in (("reference", reference), ("text", text)):
+        check_type(name, value, (str, Path, NoneType), "a path or hub id, or None")
+    for name, value in (("config_name", config_name), ("split", split), ("text_column", text_column)):
+        check_type(name, value, (str, NoneType), "text, or None")
+    check_count("sequence_length", sequence_length, least=2)
+    if sequences is not None:
+        check_count("sequences", sequences, least=1)
+    check_type("trust_remote_code", trust_remote_code, bool, "True or False")
     folder = Path(checkpoint)
     provenance = read_provenance(folder)
     files, notes = _check_files(folder, provenance)
@@ -139,7 +151,7 @@ def _check_files(folder: Path, provenance: Provenance | None) -> tuple[int | Non
     if digests is None:
         return None, (f"{PROVENANCE} is of an earlier version and has no digests of files: {unseen}; compile again",)
     changed = check_files(folder, digests)
-    notes = (f"changed or gone since it was written: {', '.join(changed)}",) if changed else ()
+    notes = (f"changed since it was written: {', '.join(changed)}",) if changed else ()
     return len(digests) - len(changed), notes
 
 

@@ -20,6 +20,7 @@ _INTRUDERS = re.compile(
     re.IGNORECASE,
 )
 _SHOWN = 5
+_MISSING = "missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,11 @@ def digest_file(file: Path) -> FileDigest:
 def check_files(folder: Path, written: Mapping[str, FileDigest]) -> tuple[str, ...]:
     """Compare a folder's files with what was written, by name relative to the folder; memory is constant.
 
-    Returns the names of those that are gone or differ, but decide nothing of what is computed: templates may be edited,
-    licences deleted. Raises `VerificationError` that names the others, and weight files that nobody wrote.
+    Returns the names of those that differ, but decide nothing of what is computed: templates may be edited. Raises
+    `VerificationError` that names the others, files that are gone, and weight files that nobody wrote.
     """
     wrong = {name: why for name, digest in written.items() if (why := _difference(folder / name, digest)) is not None}
-    decisive = [f"{name} ({why})" for name, why in wrong.items() if _DECISIVE.fullmatch(name)]
+    decisive = [f"{n} ({why})" for n, why in wrong.items() if why == _MISSING or _DECISIVE.fullmatch(n)]
     if decisive:
         more = f" and {len(decisive) - _SHOWN} more" if decisive[_SHOWN:] else ""
         raise VerificationError(
@@ -96,7 +97,7 @@ def check_files(folder: Path, written: Mapping[str, FileDigest]) -> tuple[str, .
 def _difference(file: Path, written: FileDigest) -> str | None:
     """How a file differs from what was written. The size is looked at first: a cut file is told without a read."""
     if not file.is_file():
-        return "missing"
+        return _MISSING
     size = file.stat().st_size
     if size != written.size:
         return f"{size} bytes in place of {written.size}"

@@ -59,6 +59,33 @@ def test_an_argument_of_the_wrong_type_is_named_with_what_it_may_be(name: str, s
     assert not list(tmp_path.iterdir())
 
 
+UNVERIFIABLE: dict[str, tuple[Any, str]] = {
+    "checkpoint": (3, "the path of a compiled folder"),
+    "reference": (3, "a path or hub id"),
+    "text": (["a text"], "a path or hub id"),
+    "config_name": (1, "text"),
+    "split": (1, "text"),
+    "text_column": (1, "text"),
+    "sequence_length": (1, "a whole number, at least 2"),
+    "sequences": (0, "a whole number, at least 1"),
+    "trust_remote_code": ("no", "True or False"),
+}
+
+
+@pytest.mark.parametrize("name", UNVERIFIABLE)
+def test_verify_names_an_argument_that_cannot_be_meant(name: str, tmp_path: Path) -> None:
+    value, wanted = UNVERIFIABLE[name]
+    with pytest.raises(ConfigError, match=f"^{name}=") as raised:
+        qcompiler.verify(**{"checkpoint": tmp_path, name: value})
+    assert wanted in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2"])
+def test_verify_counts_in_whole_numbers(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^sequences={value!r} is of type {type(value).__name__}\n"):
+        qcompiler.verify(tmp_path, sequences=value)
+
+
 @pytest.mark.parametrize("model", [None, 3, {"model": "a"}, torch.nn.Linear(1, 1)])
 def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(QCompilerError, match="cannot be compiled") as raised:

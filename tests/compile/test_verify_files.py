@@ -63,8 +63,13 @@ def test_small_files_may_change_and_it_is_said(damaged: Path) -> None:
     (damaged / "generation_config.json").write_text("{}")
     (damaged / "README.md").write_text("A card.")
     verified = qcompiler.verify(damaged)
-    assert verified.notes == ("changed or gone since it was written: generation_config.json",)
+    assert verified.notes == ("changed since it was written: generation_config.json",)
     assert f"files: {verified.files} are byte for byte" in str(verified)
+
+
+def test_a_small_file_that_is_gone_is_refused(damaged: Path) -> None:
+    (damaged / "generation_config.json").unlink()
+    assert refusal(damaged) == f"{damaged}: not what was written: generation_config.json (missing)"
 
 
 def test_a_checkpoint_that_says_nothing_of_its_files_verifies_and_it_is_said(sound: Path, damaged: Path) -> None:
