@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from qcompiler.arguments import wrong_arguments
 
 DEFAULT_BATCH_TOKENS = 16384
 
@@ -18,6 +21,8 @@ class CalibrationSpec(BaseModel):
     Unpacked, each row is one sample, cut after `sequence_length` tokens. Packed, whole rows are joined with
     end-of-text tokens and cut into samples of exactly `sequence_length`. A text file has no rows: packed, which is its
     default, each file is one document; unpacked, each line that is not blank is a row.
+
+    Raises `ConfigError` for arguments that mean nothing, where it is made in Python.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,3 +43,14 @@ class CalibrationSpec(BaseModel):
     seed: NonNegativeInt = 0
     batch_tokens: PositiveInt = DEFAULT_BATCH_TOKENS
     """A batch holds at most this many tokens, padding included (and at least one sample)."""
+
+    if not TYPE_CHECKING:  # checkers see the arguments by their names
+
+        def __init__(self, **options: Any) -> None:
+            try:
+                super().__init__(**options)
+            except ValidationError as error:
+                raise wrong_arguments(error, type(self)) from error
+
+        # So that a spec within a pipeline is validated without it, and its mistakes get their places in the file.
+        __init__.__pydantic_base_init__ = True

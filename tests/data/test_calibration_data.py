@@ -12,12 +12,11 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from qcompiler.data import CalibrationSpec
 from qcompiler.data.sources import SHUFFLE_BUFFER, in_order
-from qcompiler.errors import DataError
+from qcompiler.errors import ConfigError, DataError
 from tests.data.calibration import TEXTS, encoded, load, sequences, spec, write
 from tests.data.conftest import VOCABULARY
 
@@ -229,10 +228,23 @@ def test_one_string_or_mapping_is_not_taken_for_rows(tokenizer_folder: Path) -> 
         load(spec("x.txt"), tokenizer_folder, TEXTS)
 
 
-@pytest.mark.parametrize("options", [{"samples": 0}, {"sequence_length": 0}, {"seed": -1}, {"sampels": 8}])
-def test_a_spec_that_means_nothing_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"samples": -1}, "samples=-1: input should be greater than 0"),
+        ({"sequence_length": 0}, "sequence_length=0: input should be greater than 0"),
+        ({"seed": -1}, "seed=-1: input should be greater than or equal to 0"),
+        ({"sampels": 8}, "sampels: CalibrationSpec has no such argument; did you mean 'samples'"),
+        ({"shuffle": "perhaps", "seed": None}, "shuffle='perhaps': "),
+    ],
+)
+def test_a_spec_that_means_nothing_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         CalibrationSpec(**options)
+    lines = caught.value.message.splitlines()
+    assert lines[0].startswith(said)
+    assert len(lines) == len(options)
+    assert str(caught.value.hint).startswith("CalibrationSpec takes dataset, config_name, ")
 
 
 # --- what is left behind --------------------------------------------------------------------------------------------

@@ -45,6 +45,16 @@ def test_an_unknown_option_gets_its_near_name() -> None:
     )
 
 
+def test_a_calibration_spec_within_a_pipeline_gets_its_place() -> None:
+    """In Python it raises an error of its own."""
+    wrong = error("passes:\n- calibrate:\n    calibration:\n      sampels: 3\n      seed: -1\n")
+    place = "passes[0].calibrate.calibration"
+    assert set(wrong.message.splitlines()) == {
+        f"my.yaml:4: {place}.sampels: unknown option; did you mean 'samples' or 'split'?",
+        f"my.yaml:5: {place}.seed: Input should be greater than or equal to 0",
+    }
+
+
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
