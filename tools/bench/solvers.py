@@ -9,6 +9,7 @@ checkpoint, imports excluded, capture included. Both checkpoints are then measur
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from statistics import median
 
 from measure import Sample, run, summary
 from models import llama_config, write_random
+
+from qcompiler.demo import model_path
 
 HERE = Path(__file__).parent
 RECIPES = ("int4-int8", "awq-w4a16+gptq-w8a8")
@@ -35,12 +38,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    folders = options.model or [write_random(config, options.models / name) for name, config in MODELS.items()]
+    folders = options.model or [_random(options.models / name) for name in MODELS]
     for folder in folders:
         for recipe in options.recipes:
             for tokens in options.tokens:
                 print(f"{folder.name}, {recipe}, {tokens} tokens", flush=True)
                 _pair(folder, HERE / "recipes" / f"{recipe}.yaml", tokens, options)
+
+
+def _random(folder: Path) -> Path:
+    """A random model, with a tokenizer that the peer asks for and does not use."""
+    write_random(MODELS[folder.name], folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_path() / name, folder)
+    return folder
 
 
 def _pair(folder: Path, recipe: Path, tokens: str, options: argparse.Namespace) -> None:
