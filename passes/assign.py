@@ -81,13 +81,7 @@ class Assign(GraphPass):
         if blocks:
             context.report.info(f"blocks of experts stay dense: {len(blocks)}, {blocks[0].path} the first of them")
         if self.kv_cache is not None:
-            if graph.kv_cache not in (None, self.kv_cache):
-                raise RuleError(
-                    f"{self.name}: kv_cache asks for one scale per {self.kv_cache.strategy}, and an earlier pass for "
-                    f"one per {graph.kv_cache.strategy}",
-                    hint="say kv_cache once",
-                )
-            graph.kv_cache = self.kv_cache
+            graph.quantize_cache(self.kv_cache, by=self.name)
 
     def _ignore(self, leaves: list[Node], find: Find, who: str) -> dict[Node, str]:
         ignored: dict[Node, str] = {}

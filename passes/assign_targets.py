@@ -13,7 +13,7 @@ from qcompiler import select
 from qcompiler.emit.groups import Claims, TargetGroups, TargetText, first_target
 from qcompiler.emit.mappings import TransformSites
 from qcompiler.emit.patterns import TargetList
-from qcompiler.errors import RuleError, did_you_mean
+from qcompiler.errors import did_you_mean
 from qcompiler.expressions import REGEX_PREFIX
 from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set_quant
 from qcompiler.ir.fusion import check_fusion
@@ -103,7 +103,8 @@ class AssignTargets(GraphPass):
         for assignment in self.assignments:
             self._assign(assignment, graph, context)
         check_fusion(graph)
-        self._set_cache(graph)
+        if self.kv_cache is not None:
+            graph.quantize_cache(self.kv_cache, by=self.name)
 
     def _assign(self, assignment: Assignment, graph: Graph, context: Context) -> None:
         for text in _idle(assignment, graph):
@@ -144,17 +145,6 @@ class AssignTargets(GraphPass):
                 yield _Note("warning", f"{target} decides on ", f", over {present.because[0]}")
         quant = group.quant(because)
         set_quant(node, quant if rescaled else replace(quant, transform=None), replacing=present)
-
-    def _set_cache(self, graph: Graph) -> None:
-        if self.kv_cache is None:
-            return
-        if graph.kv_cache not in (None, self.kv_cache):
-            raise RuleError(
-                f"{self.name}: kv_cache asks for one scale per {self.kv_cache.strategy}, and an earlier pass for "
-                f"one per {graph.kv_cache.strategy}",
-                hint="say kv_cache once",
-            )
-        graph.kv_cache = self.kv_cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,15 +79,16 @@ def map_nodes(arg: Any, fn: Callable[[Node], Any]) -> Any:
     return map_arg(arg, fn)
 
 
-def ancestors(starts: Iterable[Node]) -> set[Node]:
-    """The nodes that `starts` depend on, themselves included."""
+def ancestors(starts: Iterable[Node], *, stop: Callable[[Node], bool] = lambda node: False) -> set[Node]:
+    """The nodes that `starts` depend on, themselves included; those at which to `stop` too, but not what is behind."""
     seen: set[Node] = set()
     todo = list(starts)
     while todo:
         node = todo.pop()
         if node not in seen:
             seen.add(node)
-            todo.extend(node.all_input_nodes)
+            if not stop(node):
+                todo.extend(node.all_input_nodes)
     return seen
 
 

@@ -10,6 +10,7 @@ import torch.fx
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qcompiler.errors import RuleError
 from qcompiler.ir.annotations import Leaf, Role, get
 from qcompiler.ir.fx import Node
 from qcompiler.scheme import KVCacheSpec
@@ -84,6 +85,16 @@ class Graph:
         """How many decoder layers there are."""
         layers = [role.layer for node in self.fx.nodes if (role := get(node, Role)) and role.layer is not None]
         return 1 + max(layers, default=-1)
+
+    def quantize_cache(self, spec: KVCacheSpec, *, by: str) -> None:
+        """Decide what the key/value cache becomes. Raises `RuleError` where an earlier pass decided otherwise."""
+        if self.kv_cache not in (None, spec):
+            raise RuleError(
+                f"{by}: kv_cache asks for one scale per {spec.strategy}, and an earlier pass for one per "
+                f"{self.kv_cache.strategy}",
+                hint="say kv_cache once",
+            )
+        self.kv_cache = spec
 
     def leaves(self) -> Iterator[tuple[Node, Leaf]]:
         """Every raised leaf with what it is, in the order in which they run."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.ir.annotations import Leaf, LeafKind, Role, get, need
-from qcompiler.ir.fx import Node, is_op, last_dim, tensor_arg
+from qcompiler.ir.fx import Node, ancestors, is_op, last_dim, tensor_arg
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
 from qcompiler.patterns.cache import cached_tensors
@@ -221,14 +221,7 @@ def _miss(linear: Node, tried: Mapping[Node, _Attempt]) -> NearMiss:
 
 def _leaves_behind(*values: Node) -> set[Node]:
     """The leaves that values are made of, with no other leaf between."""
-    seen: set[Node] = set()
-    todo = list(values)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [] if get(node, Leaf) else node.all_input_nodes
-    return {node for node in seen if get(node, Leaf)}
+    return {n for n in ancestors(values, stop=lambda node: get(node, Leaf) is not None) if get(n, Leaf)}
 
 
 def _listed(nodes: Iterable[Node]) -> str:

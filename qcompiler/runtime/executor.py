@@ -192,20 +192,19 @@ def _collect(flow: _Flow, work: PartitionWork, *, keep: bool) -> Statistics:
     }
     served = _served(work, flow.stream.dtype)
 
-    def handler(mask: Tensor) -> Handler:
-        def handle(node: Node, args: tuple[Any, ...]) -> Any:
+    def handlers(batch: TokenBatch) -> dict[Any, Handler]:
+        def collect(node: Node, args: tuple[Any, ...]) -> Any:
             if node in watched:
-                by_id[watched[node].id].update(args[0], mask)
+                by_id[watched[node].id].update(args[0], batch.token_mask)
             return args[0]
 
-        return handle
+        return {**served, observe: collect}
 
     # What no observer depends on is not needed in this run: the last linear, for one.
     needed = ancestors(watched)
     part = work.partition
     nodes = part.nodes if keep else tuple(node for node in part.nodes if node in needed)
     if watched or keep:
-        handlers = lambda batch: {**served, observe: handler(batch.token_mask)}  # noqa: E731
         flow.stream.run(part, nodes, work.weights, handlers, keep=keep)
     return found
 
