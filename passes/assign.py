@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from qcompiler import select
 from qcompiler.errors import RuleError
 from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set_quant
 from qcompiler.ir.fusion import check_fusion
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.options import Options
 from qcompiler.patterns.nearest import why_no_structure
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
@@ -27,13 +26,11 @@ Find = partial[Selection]
 """`select.find` for one model: it knows how many layers there are."""
 
 
-class Rule(BaseModel):
+class Rule(Options):
     """What becomes of the linears that `select` means. `scheme: null` leaves them dense.
 
     `transform` rescales their inputs before `solver` rounds their weights.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     select: Select
     scheme: SchemeField | None

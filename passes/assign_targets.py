@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from qcompiler import select
 from qcompiler.emit.groups import Claims, TargetGroups, TargetText, first_target
@@ -19,6 +19,7 @@ from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set
 from qcompiler.ir.fusion import check_fusion
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.options import Options
 from qcompiler.pipeline import Context
 from qcompiler.pipeline.base import GraphPass
 from qcompiler.scheme import KVCacheSpec, SchemeField
@@ -27,10 +28,8 @@ from qcompiler.solvers.options import GptqOptions, RtnOptions, SolverField
 from qcompiler.transforms.options import TransformField
 
 
-class TargetGroup(BaseModel):
+class TargetGroup(Options):
     """What becomes of the linears that one of `targets` means. `scheme: null` leaves them dense."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: Annotated[tuple[TargetText, ...], Field(min_length=1)]
     scheme: SchemeField | None
@@ -55,10 +54,8 @@ class TargetGroup(BaseModel):
         return Quant(self.scheme, self.solver.name, because, options, self.transform)
 
 
-class Assignment(BaseModel):
+class Assignment(Options):
     """Groups of targets, in order, and what is left out of them. `transform_sites`: where their transforms apply."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     groups: tuple[TargetGroup, ...] = ()
     ignore: tuple[TargetText, ...] = ()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from reprlib import repr as brief
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ValidationError
-
-from qcompiler.errors import ConfigError, did_you_mean
+from qcompiler.errors import ConfigError
 
 
 def check_type(name: str, value: object, kinds: Any, wanted: str) -> None:
@@ -35,19 +33,6 @@ def check_count(name: str, value: object, *, least: int) -> None:
         _refuse(name, value, wanted)
     if value < least:
         raise ConfigError(f"{name}={value} is too small", hint=f"give {wanted}")
-
-
-def wrong_arguments(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
-    """The `ConfigError` for arguments that a model of pydantic does not take: a line for each, by its name."""
-    lines = []
-    for item in error.errors():
-        name = str(item["loc"][0]) if item["loc"] else cls.__name__
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{name}: {cls.__name__} has no such argument{did_you_mean(name, cls.model_fields)}")
-        else:
-            words = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}={brief(item['input'])}: {words[:1].lower()}{words[1:]}")
-    return ConfigError("\n".join(dict.fromkeys(lines)), hint=f"{cls.__name__} takes {', '.join(cls.model_fields)}")
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
+from pydantic import BeforeValidator, PlainSerializer, ValidationError, model_validator
 
 from qcompiler.errors import ConfigError, did_you_mean
+from qcompiler.options import Options
 
 
 class Strategy(StrEnum):
@@ -43,15 +44,13 @@ class Format(StrEnum):
 ScaleDtype = Literal["float8_e4m3fn", "uint8"]  # NVFP4's group scales; MX's power-of-two exponents
 
 
-class QuantSpec(BaseModel):
+class QuantSpec(Options):
     """How one tensor is quantized.
 
     Omitted `strategy` is inferred: `group_size` means group, `block_structure` means block, dynamic integers or
     floats of an activation mean token, anything else channel. Raises `ValueError` (pydantic) on a combination
     that means nothing.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
 
     type: Literal["int", "float"] = "int"
     bits: int
@@ -143,10 +142,8 @@ class QuantSpec(BaseModel):
         return name + ("/dynamic" if dynamic and not self.is_mx else "")
 
 
-class Scheme(BaseModel):
+class Scheme(Options):
     """What one linear layer becomes: its weight, and the activations that enter it (`None`: left as they are)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: QuantSpec
     input_activations: QuantSpec | None = None
@@ -298,10 +295,8 @@ SchemeField = Annotated[Scheme, BeforeValidator(_preset_or_mapping), PlainSerial
 """A pydantic field that takes a preset's name or a spelled-out scheme, and prints as one."""
 
 
-class KVCacheSpec(BaseModel):
+class KVCacheSpec(Options):
     """Quantization of the key/value cache: FP8 E4M3, one static scale per tensor or per head."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategy: Literal["tensor", "attn_head"] = "tensor"
 

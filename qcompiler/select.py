@@ -9,12 +9,13 @@ from fnmatch import translate
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.expressions import REGEX_PREFIX, Pattern
 from qcompiler.ir.annotations import Leaf, Role, Structure, need
 from qcompiler.ir.fx import Node
+from qcompiler.options import Options
 
 
 def _as_tuple(value: Any) -> Any:
@@ -53,7 +54,7 @@ Structures = Annotated[tuple[Structure, ...] | None, BeforeValidator(_structures
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 
-class Select(BaseModel):
+class Select(Options):
     """Which leaves a rule means. Keys that are given must all hold; within a key, a list means any of it.
 
     name: the module path, as a glob (`*.layers.0.*`) or `re:` and a regular expression matched from the start.
@@ -61,7 +62,7 @@ class Select(BaseModel):
     structure: where the leaf stands (attention-input, mlp-output, ...). min_parameters: at least so many.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     name: Names = None
     class_: Names = Field(default=None, alias="class")

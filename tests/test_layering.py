@@ -55,7 +55,7 @@ def test_the_mechanism_never_imports_the_policy(file: Path) -> None:
 
 LAYERS = (
     {"errors", "report"},
-    {"arguments", "scheme", "expressions", "refuse", "requirements", "meta", "tensors"},
+    {"arguments", "options", "scheme", "expressions", "refuse", "requirements", "meta", "tensors"},
     {"numerics"},
     {"formats", "solvers", "transforms.norms", "transforms.options"},
     {"ir"},

@@ -44,7 +44,7 @@ def group_scheme(group: ConfigGroup, place: Place) -> Scheme | None:
     weights = _spec(group.weights, place.at("weights"))
     inputs = _spec(group.input_activations, place.at("input_activations")) if group.input_activations else None
     try:
-        scheme = Scheme(weights=weights, input_activations=inputs)
+        scheme = Scheme.model_validate({"weights": weights, "input_activations": inputs})
     except ValidationError as error:
         raise ConfigError(f"{place}: {_words(error)}", hint=_PRESETS) from None
     if group.format not in (None, "dense", scheme.format):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt
 
-from qcompiler.arguments import wrong_arguments
+from qcompiler.options import Options
 
 DEFAULT_BATCH_TOKENS = 16384
 
 
-class CalibrationSpec(BaseModel):
+class CalibrationSpec(Options):
     """Which rows become calibration samples, and how.
 
     `dataset` is a local file (.txt, .jsonl, .json, .csv, .parquet, .arrow), a folder of such files of one format, a
@@ -24,8 +23,6 @@ class CalibrationSpec(BaseModel):
 
     Raises `ConfigError` for arguments that mean nothing, where it is made in Python.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str | Path | None = None
     config_name: str | None = None
@@ -43,14 +40,3 @@ class CalibrationSpec(BaseModel):
     seed: NonNegativeInt = 0
     batch_tokens: PositiveInt = DEFAULT_BATCH_TOKENS
     """A batch holds at most this many tokens, padding included (and at least one sample)."""
-
-    if not TYPE_CHECKING:  # checkers see the arguments by their names
-
-        def __init__(self, **options: Any) -> None:
-            try:
-                super().__init__(**options)
-            except ValidationError as error:
-                raise wrong_arguments(error, type(self)) from error
-
-        # So that a spec within a pipeline is validated without it, and its mistakes get their places in the file.
-        __init__.__pydantic_base_init__ = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from qcompiler.emit.groups import TargetText, first_target
 from qcompiler.emit.patterns import TargetList
@@ -13,13 +13,12 @@ from qcompiler.errors import RuleError
 from qcompiler.ir.annotations import Leaf, LeafKind, need
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
+from qcompiler.options import Options
 from qcompiler.patterns.rescaling import RescaleSite, rescale_sites
 
 
-class ScaleMapping(BaseModel):
+class ScaleMapping(Options):
     """A scale moves from what `producer` means to what `consumers` mean."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     producer: TargetText
     consumers: Annotated[tuple[TargetText, ...], Field(min_length=1)]
@@ -28,13 +27,11 @@ class ScaleMapping(BaseModel):
         return f"{self.producer} -> {', '.join(self.consumers)}"
 
 
-class TransformSites(BaseModel):
+class TransformSites(Options):
     """Where transforms apply: as `mappings` say, or wherever the graph allows it; `norms`: behind norms alone.
 
     A site whose producer and consumers are all in `ignore` is left as it is.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mappings: tuple[ScaleMapping, ...] | None = None
     ignore: tuple[TargetText, ...] = ()

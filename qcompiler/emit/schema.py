@@ -110,10 +110,11 @@ def _group(name: str, group: Any, default_format: str | None) -> ConfigGroup:
         raise ConfigError(f"{where} has no weights", hint="a group without weights describes attention: not read here")
     activations = group.get("input_activations")
     try:
-        scheme = Scheme(
-            weights=read_args(weights, f"{where}.weights"),
-            input_activations=read_args(activations, f"{where}.input_activations") if activations else None,
-        )
+        specs = {
+            "weights": read_args(weights, f"{where}.weights"),
+            "input_activations": read_args(activations, f"{where}.input_activations") if activations else None,
+        }
+        scheme = Scheme.model_validate(specs)
     except ValidationError as error:
         raise ConfigError(f"{where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     return ConfigGroup(

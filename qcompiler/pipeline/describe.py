@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, TypeAdapter
 
+from qcompiler.options import REQUIRED, Option, options_of, tables_below
 from qcompiler.pipeline.base import Pass
-from qcompiler.pipeline.options import REQUIRED, Option, options_of, tables_below
 from qcompiler.pipeline.pipeline import parse_pipeline
 from qcompiler.pipeline.registry import packaged_pipelines, pass_classes
 

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qcompiler.errors import ConfigError, did_you_mean
+from qcompiler.options import options_at, options_of
 from qcompiler.pipeline.base import Pass
-from qcompiler.pipeline.options import options_at, options_of
 from qcompiler.pipeline.registry import (
     NESTED,
     check_pass_class,

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from qcompiler.errors import did_you_mean
+from qcompiler.options import Options
 
 MAX_DAMPING = 1.0
 
 
-class RtnOptions(BaseModel):
+class RtnOptions(Options):
     """Round to nearest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "rtn"
 
 
-class GptqOptions(BaseModel):
+class GptqOptions(Options):
     """`damping` is added to the Hessian's diagonal, as a share of its mean; it grows tenfold where that is too little.
 
     `order`: columns of large activations first (`activation`, static), or as they stand. `block_size`: how many
     columns are solved before their error is brought to the rest; it changes speed, and results by rounding alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "gptq"
 
     damping: Annotated[float, Field(gt=0, le=MAX_DAMPING)] = 0.01

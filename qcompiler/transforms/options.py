@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from qcompiler.errors import did_you_mean
+from qcompiler.options import Options
 
 NO_TRANSFORM = "none"
 
 
-class AwqOptions(BaseModel):
+class AwqOptions(Options):
     """Scales searched for the least output error of the rounded weight.
 
     `grid` points are tried, one of them no scale at all. `duo_scaling`: a channel's scale is its mean activation over
@@ -19,7 +20,6 @@ class AwqOptions(BaseModel):
     then shrinks ranges where that lowers the output error.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "awq"
 
     grid: Annotated[int, Field(ge=2, le=1000)] = 20
@@ -27,10 +27,9 @@ class AwqOptions(BaseModel):
     clip: bool = False
 
 
-class SmoothQuantOptions(BaseModel):
+class SmoothQuantOptions(Options):
     """`strength`: the share of a channel's range that moves from activations to weights; 1 moves all of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "smoothquant"
 
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5

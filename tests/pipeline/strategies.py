@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from passes.legalize import TargetName
 from qcompiler.ir.annotations import Structure
+from qcompiler.options import options_of, tables_in
 from qcompiler.pipeline import Pass, Pipeline
-from qcompiler.pipeline.options import options_of, tables_in
 from qcompiler.pipeline.registry import pass_classes
 from qcompiler.scheme import PRESETS, Scheme
 from qcompiler.select import Select

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qcompiler.options import options_of, tables_below
 from qcompiler.pipeline.describe import describe_passes, describe_pipelines
-from qcompiler.pipeline.options import options_of, tables_below
 from qcompiler.pipeline.registry import packaged_pipelines, pass_classes
 
 
