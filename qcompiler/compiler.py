@@ -29,8 +29,15 @@ from qcompiler.lowering.ties import tell_ties
 from qcompiler.patterns.nearest import unplaced
 from qcompiler.pipeline import Context, Pass, Pipeline, load_pipeline, print_pipeline
 from qcompiler.pipeline.base import Destination
-from qcompiler.pipeline.independent import independent_runs
-from qcompiler.pipeline.manager import Printer, check_order, run_graph_passes, run_streaming_passes, sweeps
+from qcompiler.pipeline.independent import independent_runs, independent_runs_of
+from qcompiler.pipeline.manager import (
+    Printer,
+    check_order,
+    prepare_streaming_passes,
+    run_graph_passes,
+    run_streaming_passes,
+    sweeps,
+)
 from qcompiler.pipeline.registry import providers
 from qcompiler.report import Report, Timing
 from qcompiler.runtime.memory import trim_memory
@@ -74,13 +81,15 @@ class _Request:
     dtype: str | torch.dtype
     revision: str | None
     trust_remote_code: bool
+    independent: bool
     show: Printer | None
     progress: Progress
 
     def __post_init__(self) -> None:
         for name in ("target", "revision"):
             check_type(name, getattr(self, name), (str, NoneType), "text, or None")
-        check_type("trust_remote_code", self.trust_remote_code, bool, "True or False")
+        for name in ("trust_remote_code", "independent"):
+            check_type(name, getattr(self, name), bool, "True or False")
         check_callable("show", self.show)
         check_callable("progress", self.progress)
 
@@ -99,16 +108,15 @@ def plan(
     """Capture, annotate and legalize, and predict every tensor. Nothing is calibrated and no weight is read.
 
     model: folder, hub id or loaded model. pipeline: packaged name, YAML file or passes. target: as `legalize` takes
-    it. independent: give each algorithm that the rules name a run of its own over the data. show: called with each
-    pass's name and the graph after it. Raises a `QCompilerError` for whatever would fail
-    later.
+    it. independent: give each algorithm that solves a linear a run of its own over the data. show: called with each
+    pass's name and the graph after it. Raises a `QCompilerError` for whatever would fail later.
     """
-    chosen = _chosen(pipeline, independent)
-    request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, show, _silent)
+    chosen = load_pipeline(pipeline)
+    request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, independent, show, _silent)
     with _open(request, reads_weights=False) as source:
         if source.has_weights:
             source.check_weights()
-        context, graph = _prepare(request, source)
+        context, graph, chosen = _prepare(request, source)
         return Plan(graph, context.report, chosen)
 
 
@@ -147,15 +155,17 @@ def compile(
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
     sampled = _sampled(calibration, sampling)
-    chosen = _chosen(pipeline, independent)
+    chosen = load_pipeline(pipeline)
     if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
     progress = progress or _silent
-    request = _Request(model, chosen, tokenizer, target, dtype, revision, trust_remote_code, show, progress)
+    request = _Request(
+        model, chosen, tokenizer, target, dtype, revision, trust_remote_code, independent, show, progress
+    )
     with _open(request, reads_weights=True) as source:
         check_apart(destination.folder, source.folder)
         source.check_weights()
-        context, graph = _prepare(request, source)
+        context, graph, chosen = _prepare(request, source)
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
         gc.collect()  # tracing leaves cycles behind
@@ -166,19 +176,13 @@ def compile(
     return Result(graph, planned, context.report, destination.folder)
 
 
-def _chosen(pipeline: PipelineLike, independent: bool) -> Pipeline:
-    check_type("independent", independent, bool, "True or False")
-    chosen = load_pipeline(pipeline)
-    return independent_runs(chosen) if independent else chosen
-
-
 def _silent(what: str, done: int, total: int) -> None:
     return None
 
 
 def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     """The model, once the request is sound in itself: a model may have to be downloaded."""
-    check_order(request.pipeline)
+    check_order(independent_runs(request.pipeline) if request.independent else request.pipeline)
     if request.target is not None:
         load_target(request.target)
     return open_model(
@@ -191,8 +195,8 @@ def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     )
 
 
-def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
-    """Everything that needs no weight."""
+def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph, Pipeline]:
+    """Everything that needs no weight; with the pipeline as it is to run."""
     name = str(request.model) if isinstance(request.model, (str, Path)) else f"loaded {type(request.model).__name__}"
     report = Report(model=name, pipeline=request.pipeline.name)
     request.progress("capture", 0, 0)
@@ -202,7 +206,11 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
     for note in (*notes, *unplaced(graph)):
         report.info(note)
     context = Context(source, report, target=request.target)
-    run_graph_passes(graph, request.pipeline, context, show=request.show)
+    pipeline = request.pipeline
+    run_graph_passes(graph, pipeline, context, show=request.show)
+    if request.independent:
+        pipeline = independent_runs_of(graph, pipeline, report)
+    prepare_streaming_passes(graph, pipeline, context)
     if request.target is not None and not report.target:
         report.fallback(
             f"nothing was checked against target {request.target}: pipeline {report.pipeline} has no legalize"
@@ -214,11 +222,11 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph]:
     context.provenance = {
         "model": name,
         "dtype": str(source.dtype).removeprefix("torch."),
-        "pipeline": print_pipeline(request.pipeline),
+        "pipeline": print_pipeline(pipeline),
         "target": report.target,
-        "versions": _versions(request.pipeline),
+        "versions": _versions(pipeline),
     }
-    return context, graph
+    return context, graph, pipeline
 
 
 def _tell_of_keys(names: NameMap, report: Report) -> None:

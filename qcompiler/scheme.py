@@ -48,7 +48,7 @@ class QuantSpec(Options):
     """How one tensor is quantized.
 
     Omitted `strategy` is inferred: `group_size` means group, `block_structure` means block, dynamic integers or
-    floats of an activation mean token, anything else channel. Raises `ValueError` (pydantic) on a combination
+    floats of an activation mean token, anything else channel. Raises `ConfigError` on a combination
     that means nothing.
     """
 

@@ -48,10 +48,14 @@ def _ensures(name: str) -> Stage | None:
 
 
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
-    """Run the passes up to the first that needs weights, and prepare the others. This is all that a plan does."""
+    """Run the passes up to the first that needs weights."""
     verify(graph, after="capture")
     for who, item in zip(_told_apart(pipeline), _planned(pipeline), strict=False):
         _run(item, who, graph, context, show)
+
+
+def prepare_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context) -> None:
+    """Prepare the passes that need weights: after `run_graph_passes`, this is all that a plan does."""
     for context.sweep, stretch in enumerate(sweeps(pipeline), 1):
         for streaming in stretch:
             streaming.prepare(graph, context)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qcompiler
+from passes.calibrate import Calibrate
 from qcompiler import CalibrationSpec, Pipeline, Result
 from qcompiler.runtime.stream import Stream
 from tests.compile.tiny import (
@@ -147,6 +148,19 @@ def test_a_run_that_measures_nothing_needs_no_data(source: Path, tmp_path: Path)
     chosen = pipeline(rule(ATTENTION, INT4), SECOND, runs=runs)
     result = qcompiler.compile(source, pipeline=chosen, output=tmp_path / "out")
     assert provenance(result.output)["calibration"].keys() == {"run 2"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "runs"), [((FIRST, SECOND), [("awq",), ()]), ((SECOND,), [()])], ids=["two are left", "one is left"]
+)
+def test_an_algorithm_that_no_linear_has_gets_no_run_of_its_own(
+    rules: tuple[dict[str, Any], ...], runs: list[tuple[str, ...]], source: Path
+) -> None:
+    idle = rule({"structure": "experts"}, INT4, transform="smoothquant", optional=True)
+    planned = qcompiler.plan(source, pipeline(idle, *rules), independent=True)
+    assert [item.algorithms for item in planned.pipeline.flat() if isinstance(item, Calibrate)] == runs
+    said = "no linear is solved by smoothquant, which rules name: no run is made for it"
+    assert said in [note.text for note in planned.report.notes]
 
 
 # --- propagate: false -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from qcompiler.ir.annotations import Quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.partition import partitions
 from qcompiler.pipeline import Context, GraphPass, PartitionStep, PartitionWork, Pass, Pipeline, StreamingPass
-from qcompiler.pipeline.manager import run_graph_passes, run_streaming_passes, sweeps
+from qcompiler.pipeline.manager import prepare_streaming_passes, run_graph_passes, run_streaming_passes, sweeps
 from qcompiler.pipeline.pipeline import load_pipeline
 from qcompiler.report import Report
 from qcompiler.source import ModelSource, open_model
@@ -127,7 +127,9 @@ def test_graph_passes_run_in_order_and_each_is_timed_and_shown(graph: Graph, con
 
 def test_a_plan_ends_at_the_first_pass_that_needs_weights(graph: Graph, context: Context) -> None:
     log: Log = []
-    run_graph_passes(graph, pipeline(Note(log=log), Watch(log=log), Note(log=log)), context)
+    items = pipeline(Note(log=log), Watch(log=log), Note(log=log))
+    run_graph_passes(graph, items, context)
+    prepare_streaming_passes(graph, items, context)
     assert log == ["note"]
     run_streaming_passes(graph, pipeline(Note(log=log), Note(log=log)), context)
     assert log == ["note"], "what a plan ran does not run again"
