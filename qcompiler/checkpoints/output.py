@@ -8,6 +8,8 @@ Everything is made in `.NAME.partial` beside the output `NAME`, on the same file
 
 `publish` renames the former output aside, renames the new one in and deletes the former. A process killed between the
 two renames leaves both folders whole here, and the next `open` puts the former one back.
+
+What runs over the data leave for one another is kept in `.NAME.sweeps`, until the last of them has ended.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +29,9 @@ from qcompiler.errors import CheckpointError
 
 PROVENANCE = "qcompiler.json"
 """Says how a checkpoint was compiled. Only a folder that has it may be replaced: we wrote it."""
+
+SWEPT = "swept-"
+"""What the names of files begin with that one run over the data leaves to the next."""
 
 
 class PartialFolder:
@@ -66,6 +71,7 @@ class PartialFolder:
             try:
                 folder._settle()
                 check_output(output, overwrite=overwrite)
+                _clear_stale(output)
                 folder._begin(fingerprint)
             except BaseException:
                 folder.close()
@@ -132,6 +138,40 @@ class PartialFolder:
             warnings.warn(f"{self.root} could not be deleted ({error}); delete it by hand", stacklevel=3)
         os.close(self._lock)
         self._lock = -1
+
+
+class SweepFolder:
+    """An empty folder beside an output, locked against other runs; what a killed run left in it is deleted.
+
+    Raises `CheckpointError` if another run holds it, or if it holds anything but weights.
+    """
+
+    def __init__(self, output: Path) -> None:
+        output = output.resolve()
+        self.path = output.parent / f".{output.name}.sweeps"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path, output)
+        left = sorted(self.path.iterdir())
+        if foreign := [file.name for file in left if not file.name.startswith(SWEPT)]:
+            os.close(self._lock)
+            raise CheckpointError(
+                f"{self.path} is where runs over the data keep weights, and holds {foreign[0]}, which none left there",
+                hint="move that folder away, or choose another output",
+            )
+        for file in left:
+            file.unlink()
+
+    def close(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _clear_stale(output: Path) -> None:
+    """Delete what runs that were killed left for one another."""
+    if (output.parent / f".{output.name}.sweeps").is_dir():
+        with suppress(CheckpointError):  # this run's own, another's that goes on, or no run's
+            SweepFolder(output).close()
 
 
 @contextmanager

@@ -100,8 +100,7 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
     first = next((i for i, (_, item) in enumerate(items) if isinstance(item, StreamingPass)), len(items))
     begun: list[PartitionStep] = []
     context.sweep = 0
-    several = len(sweeps(pipeline)) > 1
-    carry = Carry(context.output.folder if context.output else None) if several else None
+    carry = Carry(context.output.folder) if context.output is not None and len(sweeps(pipeline)) > 1 else None
     try:
         for stretch in _stretches(items[first:]):
             if isinstance(stretch, list):

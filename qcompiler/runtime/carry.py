@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qcompiler.checkpoints.output import nearest_above, writing_to
+from qcompiler.checkpoints.output import SWEPT, SweepFolder, writing_to
 from qcompiler.checkpoints.writer import write_safetensors
 from qcompiler.numerics import QuantizedTensor
 from qcompiler.pipeline.base import Solved
@@ -30,17 +29,15 @@ class Carried:
 
 
 class Carry:
-    """Keeps what a sweep made of each partition for the sweeps after it, in a temporary folder near `output`.
+    """Keeps what a sweep made of each partition for the sweeps after it, in a `SweepFolder` beside `output`.
 
-    `output` None: where the system keeps such. Close it: the folder goes with it. Raises `CheckpointError` where it
-    cannot write.
+    Close it: the folder goes with it. Raises `CheckpointError` where it cannot write.
     """
 
-    def __init__(self, output: Path | None) -> None:
-        self._output = output or Path(gettempdir())
-        near = nearest_above(output) if output else None  # its parent may have to be made yet
-        with writing_to(self._output):
-            self._folder = TemporaryDirectory(prefix=".qcompiler-sweep-", dir=near, ignore_cleanup_errors=True)
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        with writing_to(output):
+            self._folder = SweepFolder(output)
         self._specs: dict[str, dict[str, QuantSpec]] = {}
 
     def keep(self, partition: str, solved: Mapping[str, Solved], altered: Mapping[str, Tensor]) -> None:
@@ -69,10 +66,10 @@ class Carry:
 
     def close(self) -> None:
         """Delete the folder."""
-        self._folder.cleanup()
+        self._folder.close()
 
     def _file(self, partition: str) -> Path:
-        return Path(self._folder.name) / f"{partition.replace(' ', '-')}.safetensors"
+        return self._folder.path / f"{SWEPT}{partition.replace(' ', '-')}.safetensors"
 
 
 def _solved(tensors: Mapping[str, Tensor], path: str, spec: QuantSpec) -> Solved:

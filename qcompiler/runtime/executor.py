@@ -58,8 +58,8 @@ class Spent:
 def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context, carry: Carry | None = None) -> Spent:
     """Run `steps` over every partition in order.
 
-    `carry` is what earlier sweeps did, and keeps what this one does; None where there is one sweep. Raises `DataError`
-    where a step uses what observers collect and there is no data.
+    `carry` is what earlier sweeps did, and keeps what this one does; None where there is one sweep, or no output.
+    Raises `DataError` where a step uses what observers collect and there is no data.
     """
     parts = partitions(graph)
     watched = [_watched(part, steps) for part in parts]

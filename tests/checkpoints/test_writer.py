@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompiler.checkpoints.header import DTYPES
+from qcompiler.checkpoints.output import SWEPT, SweepFolder
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor
 from qcompiler.checkpoints.writer import CheckpointWriter, write_safetensors
 from qcompiler.errors import CheckpointError
@@ -237,6 +238,38 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path, source: Path) -> None:
             begin(tmp_path / "out", source)
         write_two(writer)
     assert traces(tmp_path) == {"out"}
+
+
+def test_the_next_output_clears_what_killed_runs_left_for_one_another(tmp_path: Path, source: Path) -> None:
+    swept = tmp_path / ".out.sweeps" / f"{SWEPT}layer-0.safetensors"
+    swept.parent.mkdir()
+    swept.write_text("solved")
+    with begin(tmp_path / "out", source) as writer:
+        write_two(writer)
+    assert traces(tmp_path) == {"out"}
+
+
+def test_what_a_run_leaves_for_the_next_is_not_cleared_while_it_is_held(tmp_path: Path, source: Path) -> None:
+    folder = SweepFolder(tmp_path / "out")
+    (folder.path / f"{SWEPT}layer-0.safetensors").write_text("solved")
+    with begin(tmp_path / "out", source) as writer:
+        write_two(writer)
+    assert len(list(folder.path.iterdir())) == 1
+    with pytest.raises(CheckpointError, match="another run is writing it"):
+        SweepFolder(tmp_path / "out")
+    folder.close()
+    assert traces(tmp_path) == {"out"}
+
+
+def test_a_folder_of_the_sweep_folders_name_that_no_run_made_is_not_deleted(tmp_path: Path, source: Path) -> None:
+    file = tmp_path / ".out.sweeps" / "dust.jpg"
+    file.parent.mkdir()
+    file.write_text("a photograph")
+    with pytest.raises(CheckpointError, match=r"holds dust\.jpg, which none left there"):
+        SweepFolder(tmp_path / "out")
+    with begin(tmp_path / "out", source) as writer:
+        write_two(writer)
+    assert file.read_text() == "a photograph"
 
 
 def test_an_unfinished_checkpoint_is_not_published(tmp_path: Path, source: Path) -> None:

@@ -109,9 +109,12 @@ def untouched(results: Path, old: dict[str, bytes]) -> bool:
 
 
 def test_kill_9_leaves_the_old_output_and_a_later_run_succeeds(
-    old: dict[str, bytes], run: Run, model: Path, results: Path, packages: Path, stalling: Path
+    old: dict[str, bytes], run: Run, model: Path, results: Path, packages: Path, tmp_path: Path
 ) -> None:
-    process = stalled(model, results, packages, stalling)
+    """In a second run over the data, so that the first has left something for it."""
+    attention = "  - calibrate: {select: [{structure: [attention-input, attention-output]}]}\n"
+    runs = pipeline_file(tmp_path, ("  - calibrate\n  - lower\n", f"{attention}  - calibrate\n  - stall\n  - lower\n"))
+    process = stalled(model, results, packages, runs)
     again = ["compile", model, "-p", "w8a8-rtn", "-o", results / "out", "--overwrite"]
     ran = run(*again)
     assert (ran.code, ran.out) == (2, "")
@@ -119,7 +122,7 @@ def test_kill_9_leaves_the_old_output_and_a_later_run_succeeds(
     process.kill()
     assert finish(process).code == -signal.SIGKILL
     assert untouched(results, old)
-    assert sorted(os.listdir(results)) == [".out.partial", "out"]
+    assert sorted(os.listdir(results)) == [".out.partial", ".out.sweeps", "out"]
     ran = run(*again)
     assert (ran.code, ran.err) == (0, "")
     whole = (results / "out" / "qcompiler.json").read_bytes()
