@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +49,7 @@ ModelLike: TypeAlias = str | Path | PreTrainedModel
 PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
 CalibrationLike = str | Path | CalibrationSpec | Iterable[Any]
 Progress = Callable[[str, int, int], None]
+Visitor = Callable[[str, Graph, Context], None]
 _Sampled: TypeAlias = tuple[CalibrationSpec, Iterable[Any] | None]
 
 
@@ -113,11 +115,39 @@ def plan(
     """
     chosen = load_pipeline(pipeline)
     request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, independent, show, _silent)
+    with _planned(request, _unseen) as (context, graph, chosen):
+        return Plan(graph, context.report, chosen)
+
+
+@contextmanager
+def survey(
+    model: ModelLike,
+    pipeline: PipelineLike,
+    visit: Visitor,
+    *,
+    target: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    independent: bool = False,
+) -> Iterator[tuple[Context, Graph, Pipeline]]:
+    """Plan, with the model open in the block: the context in which it was planned, its graph, the pipeline that is run.
+
+    visit: called after the capture and after each pass, with its name (numbered where it comes twice), the graph and
+    the context. All else is as for `plan`.
+    """
+    chosen = load_pipeline(pipeline)
+    request = _Request(model, chosen, None, target, dtype, revision, trust_remote_code, independent, None, _silent)
+    with _planned(request, visit) as planned:
+        yield planned
+
+
+@contextmanager
+def _planned(request: _Request, visit: Visitor) -> Iterator[tuple[Context, Graph, Pipeline]]:
     with _open(request, reads_weights=False) as source:
         if source.has_weights:
             source.check_weights()
-        context, graph, chosen = _prepare(request, source)
-        return Plan(graph, context.report, chosen)
+        yield _prepare(request, source, visit)
 
 
 def compile(
@@ -180,6 +210,10 @@ def _silent(what: str, done: int, total: int) -> None:
     return None
 
 
+def _unseen(name: str, graph: Graph, context: Context) -> None:
+    return None
+
+
 def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     """The model, once the request is sound in itself: a model may have to be downloaded."""
     check_order(independent_runs(request.pipeline) if request.independent else request.pipeline)
@@ -195,7 +229,7 @@ def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     )
 
 
-def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph, Pipeline]:
+def _prepare(request: _Request, source: ModelSource, visit: Visitor = _unseen) -> tuple[Context, Graph, Pipeline]:
     """Everything that needs no weight; with the pipeline as it is to run."""
     name = str(request.model) if isinstance(request.model, (str, Path)) else f"loaded {type(request.model).__name__}"
     report = Report(model=name, pipeline=request.pipeline.name)
@@ -206,8 +240,15 @@ def _prepare(request: _Request, source: ModelSource) -> tuple[Context, Graph, Pi
     for note in (*notes, *unplaced(graph)):
         report.info(note)
     context = Context(source, report, target=request.target)
+    visit("capture", graph, context)
+
+    def show(name: str, graph: Graph) -> None:
+        if request.show is not None:
+            request.show(name, graph)
+        visit(context.running, graph, context)
+
     pipeline = request.pipeline
-    run_graph_passes(graph, pipeline, context, show=request.show)
+    run_graph_passes(graph, pipeline, context, show=show)
     if request.independent:
         pipeline = independent_runs_of(graph, pipeline, report)
     prepare_streaming_passes(graph, pipeline, context)

@@ -67,6 +67,7 @@ LAYERS = (
     {"capture"},
     {"lowering"},
     {"compiler", "verification", "table_check", "show", "demo"},
+    {"inspection"},
     {"cli", "__init__"},
 )
 """The modules and packages of the mechanism, from the ground up: each imports what stands beside or below it.

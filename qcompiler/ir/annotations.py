@@ -181,6 +181,12 @@ def get(node: Node, kind: type[Annotation]) -> Annotation | None:
     return found
 
 
+def every_annotation(node: Node) -> tuple[object, ...]:
+    """Everything that a node is annotated with."""
+    found: dict[type, object] = node.meta.get(_KEY, {})
+    return tuple(found.values())
+
+
 def need(node: Node, kind: type[Annotation]) -> Annotation:
     """The annotation of this kind on a node. Raises `VerificationError` where there is none."""
     found = get(node, kind)

@@ -26,6 +26,7 @@ from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import OPS, fake_quantize, fake_quantize_cache
 
 _HIDDEN = frozenset({"device", "pin_memory", "layout"})  # where a tensor lies says nothing of what is computed
+_WORDS = {"placeholder": "input", "get_attr": "attribute", "output": "output"}
 
 
 class Printer:
@@ -42,8 +43,11 @@ class Printer:
         taken: set[str] = set()
         for node in graph.nodes:
             name = self._name(node)
-            self._names[node] = node.name if name in taken else name
-            taken.add(self._names[node])
+            name = node.name if name in taken else name
+            while name in taken:  # another's path can be this one's own name
+                name += "_"
+            self._names[node] = name
+            taken.add(name)
 
     def lines(self, nodes: Iterable[Node]) -> str:
         return "\n".join(self.line(node) for node in nodes)
@@ -55,21 +59,38 @@ class Printer:
     def line(self, node: Node) -> str:
         """`%name = op(arguments) [shape]  decisions  ; because`."""
         if node.op == "output":
-            return f"return {', '.join(self._argument(a) for a in node.args)}"
+            return f"return {self.arguments(node)}"
+        sizes = self.sizes(node)
+        shape = f" [{','.join(sizes)}]" if sizes is not None else ""
         if node.op in ("placeholder", "get_attr"):
-            return f"{self.name(node)} = {'input' if node.op == 'placeholder' else 'attribute'}{self._shape(node)}"
-        leaf = get(node, Leaf)
-        called = str(leaf.kind) if leaf and node.op == "call_module" else op_name(node)
-        shown = {k: v for k, v in node.kwargs.items() if k not in _HIDDEN and v is not None}
-        named = node.target in OPS.values() and self._layer(node) in node.args  # its own name says which layer it is
-        arguments = [
-            *map(self._argument, node.args[:1] if named else node.args),
-            *(f"{k}={self._argument(v)}" for k, v in shown.items()),
-        ]
+            return f"{self.name(node)} = {self.called(node)}{shape}"
         notes, because = _notes(node)
-        line = f"{self.name(node)} = {_short(called)}({', '.join(arguments)}){self._shape(node)}"
+        line = f"{self.name(node)} = {self.called(node)}({self.arguments(node)}){shape}"
         line += "".join(f"  {note}" for note in notes)
         return line + (f"  ; {because}" if because else "")
+
+    def called(self, node: Node) -> str:
+        """What a node does, in a word: `linear`, `mul`, `observe`; `input`, `attribute` or `output`."""
+        if (word := _WORDS.get(node.op)) is not None:
+            return word
+        leaf = get(node, Leaf)
+        return _short(str(leaf.kind) if leaf and node.op == "call_module" else op_name(node))
+
+    def arguments(self, node: Node) -> str:
+        """What stands in the parentheses of a node's line."""
+        shown = {k: v for k, v in node.kwargs.items() if k not in _HIDDEN and v is not None}
+        named = node.target in OPS.values() and self._layer(node) in node.args  # its own name says which layer it is
+        return ", ".join(
+            [
+                *map(self._argument, node.args[:1] if named else node.args),
+                *(f"{k}={self._argument(v)}" for k, v in shown.items()),
+            ]
+        )
+
+    def sizes(self, node: Node) -> tuple[str, ...] | None:
+        """The sizes of a node's value, e.g. `("B", "S", "256")`; None where it is no tensor."""
+        val = value(node)
+        return tuple(self._size(str(size)) for size in val.shape) if isinstance(val, Tensor) else None
 
     def _name(self, node: Node) -> str:
         if node.target is fake_quantize and (reader := next(iter(node.users), None)) is not None:
@@ -109,12 +130,6 @@ class Printer:
         if isinstance(argument, (torch.dtype, torch.device)):
             return str(argument).removeprefix("torch.")
         return repr(argument)
-
-    def _shape(self, node: Node) -> str:
-        val = value(node)
-        if not isinstance(val, Tensor):
-            return ""
-        return f" [{','.join(self._size(str(size)) for size in val.shape)}]"
 
     def _size(self, size: str) -> str:
         return re.sub(r"[su]\d+", lambda m: self._symbols.get(m.group(), m.group()), size)

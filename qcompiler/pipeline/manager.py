@@ -50,7 +50,7 @@ def _ensures(name: str) -> Stage | None:
 def run_graph_passes(graph: Graph, pipeline: Pipeline, context: Context, *, show: Printer | None = None) -> None:
     """Run the passes up to the first that needs weights."""
     verify(graph, after="capture")
-    for who, item in zip(_told_apart(pipeline), _planned(pipeline), strict=False):
+    for who, item in zip(told_apart(pipeline), planned(pipeline), strict=False):
         _run(item, who, graph, context, show)
 
 
@@ -75,15 +75,15 @@ def _run(item: GraphPass, who: str, graph: Graph, context: Context, show: Printe
     _done(item, graph, context, perf_counter() - start, show)
 
 
-def _told_apart(pipeline: Pipeline) -> Iterator[str]:
+def told_apart(pipeline: Pipeline) -> Iterator[str]:
     """What each pass is called: its name, numbered (`assign 2`) where there are several of that name."""
     names = [item.name for item in pipeline.flat()]
     for index, name in enumerate(names):
         yield f"{name} {names[: index + 1].count(name)}" if names.count(name) > 1 else name
 
 
-def _planned(pipeline: Pipeline) -> Iterator[GraphPass]:
-    """The passes up to the first that needs weights."""
+def planned(pipeline: Pipeline) -> Iterator[GraphPass]:
+    """The passes up to the first that needs weights: those that a plan runs."""
     for item in pipeline.flat():
         if not isinstance(item, GraphPass):
             return
@@ -96,7 +96,7 @@ def run_streaming_passes(graph: Graph, pipeline: Pipeline, context: Context, *, 
     A pass that comes a second time begins a sweep of its own, which starts from what the one before left. What they
     made is published when the last pass has finished; whatever fails before, nothing is.
     """
-    items = list(zip(_told_apart(pipeline), pipeline.flat(), strict=True))
+    items = list(zip(told_apart(pipeline), pipeline.flat(), strict=True))
     first = next((i for i, (_, item) in enumerate(items) if isinstance(item, StreamingPass)), len(items))
     begun: list[PartitionStep] = []
     context.sweep = 0
@@ -171,7 +171,7 @@ def _done(item: Pass, graph: Graph, context: Context, seconds: float, show: Prin
 def check_print_after(names: Sequence[str], pipeline: Pipeline, *, planning: bool = False) -> None:
     """Raise `ConfigError` for a pass to print after that the pipeline, or a plan of it, does not run."""
     known = [item.name for item in pipeline.flat()]
-    run = [item.name for item in _planned(pipeline)] if planning else known
+    run = [item.name for item in planned(pipeline)] if planning else known
     for name in names:
         if name not in known:
             raise ConfigError(

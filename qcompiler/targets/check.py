@@ -53,6 +53,12 @@ def notes(target: Target, sites: Sequence[Site]) -> list[str]:
     ]
 
 
+def kernel(target: Target, site: Site) -> str | None:
+    """The id of the row that takes a site's scheme; None where none does, or it stays dense."""
+    row_id, row, _ = _row_for(target, site.scheme, _structure(site)) if site.scheme is not None else (None, None, None)
+    return row_id if row is not None else None
+
+
 def _check_model(target: Target, kv_cache: KVCacheSpec | None, head_sizes: Sequence[int]) -> Iterator[Violation]:
     if kv_cache is not None and not target.takes_kv_cache(kv_cache):
         yield Violation(
