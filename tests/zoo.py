@@ -34,6 +34,14 @@ _UNSAID: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
+    **{
+        name: {
+            "text_encoder": {"model_type": "t5"},
+            "audio_encoder": {"model_type": "encodec"},
+            "decoder": {"model_type": f"{name}_decoder"},
+        }
+        for name in ("musicgen", "musicgen_melody")
+    },
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "xmod": {"default_language": "en_XX"},
 }

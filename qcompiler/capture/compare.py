@@ -87,7 +87,7 @@ def compare_logits(graph: Graph, model: PreTrainedModel) -> None:
     Raises `CaptureError` when a later token changes an earlier logit, or when any bit differs.
     """
     ids = _tokens(model)
-    wanted = _causal_logits(model, ids)
+    wanted = causal_logits(model, ids)
     tensors = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     with torch.no_grad():
         got = graph_logits(graph, ids, tensors | graph.buffers)
@@ -100,19 +100,16 @@ def compare_logits(graph: Graph, model: PreTrainedModel) -> None:
         )
 
 
-def check_causal(model: PreTrainedModel) -> None:
-    """Raise `CaptureError` when, in eager execution of a model with weights, a later token changes an earlier logit.
-
-    Sequences are padded on the right without a mask, which is right only where no token sees those after it.
-    """
-    _causal_logits(model, _tokens(model))
-
-
 def _tokens(model: PreTrainedModel) -> Tensor:
     return torch.randint(3, model.config.vocab_size - 1, _SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def _causal_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def causal_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The logits [B, S, V] of a model with weights on token ids [B, S], by its eager forward pass.
+
+    Sequences are padded on the right without a mask, which is right only where no token sees those after it: raises
+    `CaptureError` where the last token changes an earlier logit.
+    """
     other = torch.cat([ids[:, :-1], ids[:, -1:] - 1], dim=1)
     with torch.no_grad():
         logits, changed = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, other))

@@ -92,6 +92,9 @@ PrintAfterOption = Annotated[
     list[str] | None,
     typer.Option("--print-after", metavar="PASS", help="Print the graph after this pass. May be repeated."),
 ]
+LeavesOption = Annotated[
+    bool, typer.Option("--leaves", help="Of that graph, print layers and inserted operations alone.")
+]
 
 
 @app.command()
@@ -131,11 +134,12 @@ def compile(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when the new one is whole.")] = False,
     independent: IndependentOption = False,
     print_after: PrintAfterOption = None,
+    leaves: LeavesOption = False,
     print_pipeline: PrintPipelineOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compile MODEL to a checkpoint."""
-    _check_exclusive(json, print_after, print_pipeline)
+    _check_prints(json, print_after, print_pipeline, leaves)
     if dataset is None:
         _refuse_without("--dataset", context, _DATA_OPTIONS)
 
@@ -169,7 +173,7 @@ def compile(
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             independent=independent,
-            show=_printer(print_after, pipeline),
+            show=_printer(print_after, pipeline, leaves),
             progress=progress,
         )
     if json:
@@ -189,6 +193,7 @@ def plan(
     trust_remote_code: TrustOption = False,
     independent: IndependentOption = False,
     print_after: PrintAfterOption = None,
+    leaves: LeavesOption = False,
     print_pipeline: PrintPipelineOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -196,7 +201,7 @@ def plan(
 
     Nothing is calibrated and no weight is read.
     """
-    _check_exclusive(json, print_after, print_pipeline)
+    _check_prints(json, print_after, print_pipeline, leaves)
 
     from qcompiler.compiler import plan as run
 
@@ -210,7 +215,7 @@ def plan(
         revision=revision,
         trust_remote_code=trust_remote_code,
         independent=independent,
-        show=_printer(print_after, pipeline, planning=True),
+        show=_printer(print_after, pipeline, leaves, planning=True),
     )
     if json:
         print_json(planned.report.as_dict())
@@ -275,7 +280,9 @@ def passes() -> None:
     print(describe_pipelines(), end="")
 
 
-def _check_exclusive(json: bool, print_after: list[str] | None, print_pipeline: bool) -> None:
+def _check_prints(json: bool, print_after: list[str] | None, print_pipeline: bool, leaves: bool) -> None:
+    if leaves and not print_after:
+        raise typer.BadParameter("it needs --print-after", param_hint="--leaves")
     if json and (print_after or print_pipeline):
         raise typer.BadParameter("it cannot be combined with --print-after or --print-pipeline", param_hint="--json")
 
@@ -298,12 +305,15 @@ def _print_yaml(pipeline: str, independent: bool) -> None:
     print(print_pipeline(independent_runs(chosen) if independent else chosen))
 
 
-def _printer(names: list[str] | None, pipeline: str, *, planning: bool = False) -> Callable[[str, Graph], None] | None:
+def _printer(
+    names: list[str] | None, pipeline: str, leaves: bool, *, planning: bool = False
+) -> Callable[[str, Graph], None] | None:
     if not names:
         return None
-    from qcompiler.ir.printer import print_graph
+    from qcompiler.ir.printer import print_graph, print_leaves
     from qcompiler.pipeline import load_pipeline
     from qcompiler.pipeline.manager import check_print_after
 
     check_print_after(names, load_pipeline(pipeline), planning=planning)
-    return lambda name, graph: print(f"after {name}:\n{print_graph(graph)}") if name in names else None
+    text = print_leaves if leaves else print_graph
+    return lambda name, graph: print(f"after {name}:\n{text(graph)}") if name in names else None

@@ -93,6 +93,7 @@ def test_options_that_contradict_each_other_are_refused(model: Path, refuse: Ref
     refuse(
         "plan", model, "-p", "w8a8-rtn", "--json", "--print-pipeline", says=["--json", "--print-pipeline"], usage=True
     )
+    refuse("plan", model, "-p", "w8a8-rtn", "--leaves", says=["--leaves: it needs --print-after"], usage=True)
     says = ["a folder has no revisions", "--revision"]
     refuse("compile", model, "-p", "w8a8-rtn", "--revision", "main", says=says)
 

@@ -177,6 +177,15 @@ def test_graphs_are_printed_after_the_passes_asked_for(model: Path, run: Run, re
     assert re.search(r"%l0.mlp.down_proj = quantized_linear\(", lowered)
 
 
+def test_graphs_are_printed_without_what_lies_between_layers(model: Path, run: Run) -> None:
+    args = ("plan", model, "-p", "w8a8-rtn", "--print-after", "assign")
+    whole, leaves = (run(*args, *option) for option in ((), ("--leaves",)))
+    lines, fewer = (ran.out.partition("\n\n")[0].splitlines() for ran in (whole, leaves))
+    assert set(fewer) < set(lines)
+    assert [line for line in lines if " = linear(" in line] == [line for line in fewer if " = linear(" in line] != []
+    assert all(re.search(r" = (linear|norm|embedding)\(", line) for line in fewer[2:])
+
+
 def test_the_printed_pipeline_is_the_pipeline(model: Path, tmp_path: Path, run: Run) -> None:
     printed, _, rest = run("plan", model, "-p", pipeline_file(tmp_path), "--print-pipeline").out.partition("\n\n")
     assert parse_pipeline(printed) == parse_pipeline(PIPELINE)
