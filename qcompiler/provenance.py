@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -22,6 +22,8 @@ def _inside(name: str) -> str:
 
 
 _Count = Annotated[int, Field(ge=0)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 _FileName = Annotated[str, AfterValidator(_inside)]
 
 
@@ -44,22 +46,33 @@ class WrittenRow(_Part):
     scheme: str | None
     format: str | None
     bytes: _Count
-    error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    error: _Share
+    because: str = ""
+    solver: str | None = None
+    transform: str | None = None
+    output_error: _Share = None
+    nearest_output_error: _Share = None
+    damping: _Share = None
+    dead_columns: _Count | None = None
+    ratio: _Share = None
+    transform_gain: _Share = None
 
 
 class WrittenNote(_Part):
     """A note of the compilation; see `Note`."""
 
     text: str
+    kind: Literal["info", "warning", "fallback"] = "info"
 
 
 class WrittenReport(_Part):
-    """What `verify` needs of the report; see `Report`."""
+    """What is read of the report; see `Report`."""
 
     target: str
     notes: Annotated[tuple[WrittenNote, ...], Field(strict=False)]
     layers: Annotated[tuple[WrittenRow, ...], Field(strict=False)]
     total_bytes: _Count
+    dense_total_bytes: _Count | None = None
     rescaled: Annotated[frozenset[str], Field(strict=False)] = frozenset()
 
     @field_validator("layers")
@@ -73,11 +86,21 @@ class WrittenReport(_Part):
         return layers
 
 
+class WrittenTimings(_Part):
+    """Seconds of each pass, by its name, and of layers that were solved alone, by path."""
+
+    passes: dict[str, _Seconds] = {}
+    layers: dict[str, _Seconds] = {}
+
+
 class Provenance(_Part):
-    """What `verify` needs of `qcompiler.json`. `files` is None where an earlier version wrote it."""
+    """What is read of `qcompiler.json`. `files` is None where an earlier version wrote it; `pipeline` is YAML."""
 
     weights: str
     report: WrittenReport
+    model: str = ""
+    pipeline: str | None = None
+    timings: WrittenTimings = WrittenTimings()
     files: dict[_FileName, WrittenFile] | None = None
 
     @property

@@ -75,7 +75,9 @@ def _node(
         fields |= _leaf_fields(node, leaf) | _decision(get_quant(node), leaf)
         fields["verdict"] = verdicts.get(leaf.path)
         if (row := rows.get(leaf.path)) is not None:
-            fields |= _row_fields(row)
+            quant = get_quant(node)  # "stored": nobody here knows more than the report
+            known = {} if quant is None or quant.solver == "stored" else {"because": quant.because}
+            fields |= _row_fields(row) | known
     if (statistic := observed(node)) is not None:
         fields["observes"] = statistic.id
         fields["because"] = statistic.because
@@ -128,7 +130,7 @@ def _row_fields(row: LayerRow) -> dict[str, Any]:
         "dense_bytes": row.dense_bytes,
         "bits_per_weight": row.bits_per_weight,
         "transform": row.transform,
-        "because": tuple(row.because.split(", ")),
+        "because": (row.because,),
         "measures": Measures(**measured) if measured else None,
     }
 

@@ -11,7 +11,8 @@ import torch
 from qcompiler.compiler import PipelineLike, survey
 from qcompiler.errors import ConfigError, LegalityError, did_you_mean
 from qcompiler.inspection.build import build_groups, build_nodes, model_facts, verdicts_of
-from qcompiler.inspection.document import Document, NoteText, PassRun, PipelineFacts
+from qcompiler.inspection.checkpoint import is_checkpoint, read_checkpoint
+from qcompiler.inspection.document import Document, NoteText, PassRun, PipelineFacts, read_document
 from qcompiler.inspection.ledger import planned_ledger
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.printer import Printer
@@ -35,6 +36,31 @@ class Options:
     revision: str | None = None
     trust_remote_code: bool = False
     independent: bool = False
+
+
+def read(
+    model: str | Path, pipeline: PipelineLike | None = None, *, after: str | None = None, options: Options | None = None
+) -> Document:
+    """A document of whatever `model` is: a folder or hub id, a quantized checkpoint, or a JSON export.
+
+    Raises a `QCompilerError` for what is none of them, and for a pipeline where nothing is left to be decided.
+    """
+    options, path = options or Options(), Path(model)
+    if path.is_file():
+        _refuse_pipeline(path, "an exported graph", pipeline, after)
+        return read_document(path)
+    if is_checkpoint(path):
+        _refuse_pipeline(path, "a quantized checkpoint", pipeline, after)
+        return read_checkpoint(path, target=options.target, trust_remote_code=options.trust_remote_code)
+    return read_plan(model, pipeline, after=after, options=options)
+
+
+def _refuse_pipeline(path: Path, what: str, pipeline: PipelineLike | None, after: str | None) -> None:
+    if pipeline is not None or after is not None:
+        raise ConfigError(
+            f"{path} is {what}: what became of it is decided, and no pipeline is run on it",
+            hint="leave --pipeline and --after out, or give the dense model",
+        )
 
 
 def read_plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ class Lowered:
     def quantized(self) -> dict[str, str]:
         """The path of each quantized linear, with its name on disk."""
         nodes = self.graph.linears()
-        return {leaf.path: _disk_name(self.source, leaf.path) for node, leaf in nodes if get_quant(node) is not None}
+        return {leaf.path: disk_name(self.source, leaf.path) for node, leaf in nodes if get_quant(node) is not None}
 
     def close(self) -> None:
         self.source.close()
@@ -57,9 +57,14 @@ class Lowered:
         self.close()
 
 
-def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> Lowered:
+Annotate = Callable[[Graph, ModelSource], None]
+"""What is known of a captured graph from elsewhere: which rules decided on its linears."""
+
+
+def open_lowered(folder: Path, *, trust_remote_code: bool = False, annotate: Annotate | None = None) -> Lowered:
     """The lowered graph of a compressed-tensors checkpoint, rebuilt from its config, and its weights.
 
+    annotate: called with the captured graph first. What it decides stands where it is what the checkpoint holds.
     Raises `CheckpointError` where the folder is no such checkpoint, `VerificationError` where the model's graph cannot
     be captured from its config alone.
     """
@@ -72,13 +77,13 @@ def open_lowered(folder: Path, *, trust_remote_code: bool = False) -> Lowered:
     try:
         reader = CompressedReader(files, quantization, dtype)
         source = ModelSource(folder, config, model, trust_remote_code, lambda _: reader)
-        return Lowered(_lowered_graph(source, reader), source, reader)
+        return Lowered(_lowered_graph(source, reader, annotate), source, reader)
     except BaseException:
         files.close()
         raise
 
 
-def _lowered_graph(source: ModelSource, reader: CompressedReader) -> Graph:
+def _lowered_graph(source: ModelSource, reader: CompressedReader, annotate: Annotate | None) -> Graph:
     try:
         graph = capture_graph(source.model)
     except CaptureError as error:  # of a model that was compiled loaded, its folder may say too little
@@ -87,10 +92,14 @@ def _lowered_graph(source: ModelSource, reader: CompressedReader) -> Graph:
             f"{error.message}",
             hint="this is no sign of damage: judge the checkpoint in the runtime that serves it",
         ) from error
+    if annotate is not None:
+        annotate(graph, source)
     for node, leaf in graph.linears():
-        scheme = reader.schemes.get(_disk_name(source, leaf.path))
-        if scheme is not None:
-            set_quant(node, Quant(scheme, "stored", (f"{source.folder.name}: config.json",)))
+        scheme, decided = reader.schemes.get(disk_name(source, leaf.path)), get_quant(node)
+        if scheme != (decided.scheme if decided is not None else None):
+            because = (f"{source.folder.name}: config.json",)
+            stored = Quant(scheme, "stored" if scheme is not None else "none", because)
+            set_quant(node, stored, replacing=decided)
     graph.kv_cache = reader.config.kv_cache
     lower_graph(graph)
     if graph.kv_cache is not None:
@@ -109,7 +118,7 @@ def _quantization_config(file: Path) -> dict[str, Any]:
     return quantization
 
 
-def _disk_name(source: ModelSource, path: str) -> str:
+def disk_name(source: ModelSource, path: str) -> str:
     """The name on disk of the module at `path`."""
     return source.names.sources(f"{path}.weight")[0].key.removesuffix(".weight")
 
@@ -137,7 +146,7 @@ def _operations(
     for node in part.nodes:
         if node.target is fake_quantize:
             path = str(node.args[1])
-            name = _disk_name(source, path)
+            name = disk_name(source, path)
             spec = reader.schemes[name].input_activations
             assert spec is not None, f"{path} has a fake_quantize, and no scheme for its input"
             numbers = reader.parts(name, prefix="input_").items()

@@ -74,6 +74,11 @@ class CompressedReader(CheckpointReader):
         return sum(meta.nbytes for meta in self._parts[name].values())
 
     @property
+    def stored(self) -> Mapping[str, TensorMeta]:
+        """All tensors as they lie on disk, by name."""
+        return self._inner.tensors
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors as they lie on disk."""
         return sum(meta.nbytes for meta in self._inner.tensors.values())
