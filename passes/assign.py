@@ -60,8 +60,11 @@ class Assign(GraphPass):
     on_indivisible: Literal["error", "channel", "dense"] = "error"
     kv_cache: KVCacheSpec | None = None
 
-    def algorithms_named(self) -> Iterable[str]:
-        return (_decided(rule.scheme, rule, ()).algorithm for rule in self.rules if rule.scheme is not None)
+    def quants_named(self) -> Iterable[Quant]:
+        return [_decided(rule.scheme, rule, ()) for rule in self.rules if rule.scheme is not None]
+
+    def may_measure(self) -> bool:
+        return self.kv_cache is not None or super().may_measure()
 
     def run(self, graph: Graph, context: Context) -> None:
         leaves = [node for node, leaf in graph.leaves() if leaf.kind is not LeafKind.NORM]

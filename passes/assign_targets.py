@@ -88,9 +88,12 @@ class AssignTargets(GraphPass):
     notes: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
-    def algorithms_named(self) -> Iterable[str]:
+    def quants_named(self) -> Iterable[Quant]:
         groups = (group for assignment in self.assignments for group in assignment.groups)
-        return (group.quant(()).algorithm for group in groups if group.scheme is not None)
+        return [group.quant(()) for group in groups if group.scheme is not None]
+
+    def may_measure(self) -> bool:
+        return self.kv_cache is not None or super().may_measure()
 
     def run(self, graph: Graph, context: Context) -> None:
         for text in self.notes:

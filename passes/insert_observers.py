@@ -62,6 +62,9 @@ class InsertObservers(GraphPass):
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     importance: bool = False
 
+    def may_measure(self) -> bool:
+        return self.importance
+
     def run(self, graph: Graph, context: Context) -> None:
         place_transforms(graph, context.report)
         self._observe_inputs(graph, context.report)

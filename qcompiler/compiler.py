@@ -5,26 +5,26 @@ from __future__ import annotations
 import copy
 import gc
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from types import NoneType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 
-from qcompiler.arguments import check_callable, check_rows, check_type
+from qcompiler.arguments import check_callable, check_type
+from qcompiler.calibration import CalibrationData, CalibrationLike
 from qcompiler.capture import capture_and_prove
 from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.output import check_apart, check_output
-from qcompiler.data import CalibrationSpec, TokenData, load_calibration
-from qcompiler.errors import ConfigError, DataError
+from qcompiler.data import CalibrationSpec
+from qcompiler.errors import ConfigError
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.ops import observe
 from qcompiler.lowering.predict import predict
 from qcompiler.lowering.ties import tell_ties
 from qcompiler.patterns.nearest import unplaced
@@ -37,7 +37,6 @@ from qcompiler.pipeline.manager import (
     prepare_streaming_passes,
     run_graph_passes,
     run_streaming_passes,
-    sweeps,
 )
 from qcompiler.pipeline.registry import providers
 from qcompiler.report import Report, Timing
@@ -47,10 +46,8 @@ from qcompiler.targets import load_target
 
 ModelLike: TypeAlias = str | Path | PreTrainedModel
 PipelineLike = str | Path | Pipeline | Sequence[Pass | Pipeline]
-CalibrationLike = str | Path | CalibrationSpec | Iterable[Any]
 Progress = Callable[[str, int, int], None]
 Visitor = Callable[[str, Graph, Context], None]
-_Sampled: TypeAlias = tuple[CalibrationSpec, Iterable[Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +181,7 @@ def compile(
         check_apart(destination.folder, given)  # before anything that would advise to delete the output
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
-    sampled = _sampled(calibration, sampling)
+    data = CalibrationData(calibration, sampling)
     chosen = load_pipeline(pipeline)
     if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")
@@ -195,13 +192,14 @@ def compile(
     with _open(request, reads_weights=True) as source:
         check_apart(destination.folder, source.folder)
         source.check_weights()
+        data.read_ahead(chosen, source)
         context, graph, chosen = _prepare(request, source)
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
         gc.collect()  # tracing leaves cycles behind
         trim_memory()
         context.provenance |= context.source.identity()
-        _load_data(sampled, chosen, graph, context)
+        data.hand_out(graph, chosen, context)
         run_streaming_passes(graph, chosen, context, show=show)
     return Result(graph, planned, context.report, destination.folder)
 
@@ -278,91 +276,6 @@ def _tell_of_keys(names: NameMap, report: Report) -> None:
             f"left out, as the model that config.json describes has no place for them: tensors of the checkpoint "
             f"({len(names.unexpected)}): {shown}"
         )
-
-
-def _load_data(sampled: _Sampled | None, pipeline: Pipeline, graph: Graph, context: Context) -> None:
-    """Load calibration data where something in the graph measures it, before anything is written or computed."""
-    runs: dict[int, CalibrationSpec | None] = {}
-    for run, items in enumerate(sweeps(pipeline), 1):
-        own = next((spec for item in items if (spec := item.calibration_data())), None)
-        if any(item.measures(graph, run) for item in items):
-            runs[run] = own
-        elif own is not None:
-            context.report.info(f"the calibration data of run {run} was not read: it measures no activations")
-    if not runs or not any(node.target is observe for node in graph.nodes):
-        if sampled is not None:
-            context.report.info("the calibration data was not read: nothing in this pipeline measures activations")
-        return
-    used: dict[str, object] = {}
-    for run, spec in runs.items():
-        if spec is not None:
-            context.own_data[run], used[f"run {run}"] = _loaded(spec, None, graph, context, f"calibration of run {run}")
-    if all(spec is not None for spec in runs.values()):
-        if sampled is not None:
-            context.report.info("the calibration data was not read: every run that measures something names its own")
-    elif sampled is None:
-        raise DataError(
-            "this pipeline measures activations, and no calibration data was given",
-            hint="pass --dataset (Python: calibration=), or use schemes whose activations are dynamic",
-        )
-    else:
-        context.data, given = _loaded(*sampled, graph, context, "calibration")
-        used |= given
-    context.provenance["calibration"] = used
-
-
-def _loaded(
-    spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, context: Context, what: str
-) -> tuple[TokenData, dict[str, object]]:
-    """The tokens of a dataset, and what is to be remembered of them."""
-    data = _tokens(spec, rows, graph, context.source)
-    for note in data.notes:
-        context.report.info(f"{what}: {note}")
-    said = {"sequences": data.sequences, "tokens": data.tokens, "fingerprint": data.fingerprint}
-    return data, {**spec.model_dump(mode="json"), **said}
-
-
-def _sampled(calibration: CalibrationLike | None, sampling: CalibrationSpec | None) -> _Sampled | None:
-    """What to calibrate with, and the rows to take it from where they were handed over; None where nothing is given."""
-    check_type("sampling", sampling, (CalibrationSpec, NoneType), "a CalibrationSpec: CalibrationSpec(samples=128)")
-    if isinstance(calibration, CalibrationSpec):
-        if sampling is not None:
-            raise ConfigError(
-                "calibration= is a whole CalibrationSpec, and sampling= is another",
-                hint="say in one of them how to sample",
-            )
-        return calibration, None
-    if sampling is not None and sampling.dataset is not None:
-        raise ConfigError(
-            f"sampling= says how to sample what calibration= gives, but it names a dataset: {sampling.dataset}",
-            hint="give the whole CalibrationSpec as calibration=",
-        )
-    if calibration is None:
-        return None
-    spec = sampling or CalibrationSpec()
-    if isinstance(calibration, (str, Path)):
-        return spec.model_copy(update={"dataset": calibration}), None
-    check_rows("calibration", calibration, "a path, a hub id, a CalibrationSpec, or rows")
-    return spec, calibration
-
-
-def _tokens(spec: CalibrationSpec, rows: Iterable[Any] | None, graph: Graph, source: ModelSource) -> TokenData:
-    data = load_calibration(
-        spec,
-        source.folder,
-        vocab_size=int(source.config.vocab_size),
-        max_window=source.window,
-        rows=rows,
-        trust_remote_code=source.trust_remote_code,
-    )
-    window = graph.max_sequence_length
-    if window is not None and data.longest > window:
-        raise DataError(
-            f"a calibration sequence of {data.longest} tokens: beyond {window} the captured graph is not the "
-            "model, whose rotary embedding or attention depends on the length",
-            hint=f"use --sequence-length {window} or less",
-        )
-    return data
 
 
 def _device(name: str | torch.device) -> torch.device:

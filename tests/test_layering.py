@@ -66,7 +66,7 @@ LAYERS = (
     {"pipeline", "runtime"},
     {"capture"},
     {"lowering"},
-    {"compiler", "verification", "table_check", "show", "demo"},
+    {"calibration", "compiler", "verification", "table_check", "show", "demo"},
     {"inspection"},
     {"cli", "__init__"},
 )

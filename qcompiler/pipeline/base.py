@@ -17,8 +17,9 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from qcompiler.ir.annotations import AnyObserver, Observer
+from qcompiler.ir.annotations import AnyObserver, Observer, Quant
 from qcompiler.ir.graph import Graph, Partition, Stage
+from qcompiler.ir.rules.observers import needs_data
 from qcompiler.numerics.tensor import QuantizedTensor
 from qcompiler.report import Report
 
@@ -43,9 +44,13 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Stage]]
     ensures: ClassVar[Stage | None] = None
 
-    def algorithms_named(self) -> Iterable[str]:
-        """The algorithms (see `Quant.algorithm`) that this pass may decide for some linear."""
+    def quants_named(self) -> Iterable[Quant]:
+        """What this pass may decide for some linear, but for leaving it dense."""
         return ()
+
+    def may_measure(self) -> bool:
+        """Whether this pass may ask for what only data tells: then data is read before the model is captured."""
+        return any(map(needs_data, self.quants_named()))
 
 
 class GraphPass(Pass):

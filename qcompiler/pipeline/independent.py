@@ -43,7 +43,7 @@ def independent_runs_of(graph: Graph, pipeline: Pipeline, report: Report) -> Pip
 
 
 def _named(pipeline: Pipeline) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for item in pipeline.flat() for name in item.algorithms_named()))
+    return tuple(dict.fromkeys(quant.algorithm for item in pipeline.flat() for quant in item.quants_named()))
 
 
 def _split(pipeline: Pipeline, algorithms: tuple[str, ...]) -> Pipeline:

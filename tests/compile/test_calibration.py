@@ -13,12 +13,19 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcompiler
-from qcompiler import CalibrationSpec, Result
+from passes.assign_targets import Assignment, AssignTargets, TargetGroup
+from passes.calibrate import Calibrate
+from passes.insert_observers import InsertObservers
+from qcompiler import CalibrationSpec, Pipeline, Result, load_pipeline
+from qcompiler.calibration import CalibrationData
 from qcompiler.errors import ConfigError, DataError
-from tests.compile.tiny import MLP, SHORT, pipeline, provenance, rule, save_tiny, stored, token_rows
+from qcompiler.scheme import KVCacheSpec, preset
+from qcompiler.source import open_model
+from tests.compile.tiny import ATTENTION, MLP, SHORT, pipeline, provenance, rule, save_tiny, stored, token_rows
 from tests.data.conftest import CHAT_TEMPLATE, save_tokenizer
 
 STATIC = pipeline(rule(MLP, "FP8"))
+TARGETED = Assignment(groups=(TargetGroup(targets=("Linear",), scheme=preset("FP8")),))
 DYNAMIC = pipeline(rule(MLP, "FP8_DYNAMIC"))
 IN_ORDER = SHORT.model_copy(update={"shuffle": False})  # streams are shuffled in another order than lists
 ROWS = token_rows()
@@ -50,6 +57,11 @@ def input_scales(folder: Path) -> dict[str, float]:
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def never() -> Iterator[str]:
+    raise AssertionError("the data was read")
+    yield
 
 
 def ids_alone(folder: Path) -> dict[str, Any]:
@@ -126,13 +138,48 @@ def test_no_data_is_asked_for_where_nothing_measures_it(source: Path, tmp_path: 
 
 
 def test_data_that_nothing_measures_is_not_read_and_that_is_said(source: Path, tmp_path: Path) -> None:
-    def never() -> Iterator[str]:
-        raise AssertionError("the data was read")
-        yield
-
     result = qcompiler.compile(source, pipeline=DYNAMIC, output=tmp_path / "output", calibration=never())
-    assert any("the calibration data was not read" in note.text for note in result.report.notes)
+    assert any("the calibration data was not needed" in note.text for note in result.report.notes)
     assert "calibration" not in provenance(result.output)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "needed"),
+    [
+        (DYNAMIC, False),
+        (STATIC, True),
+        (pipeline(rule(MLP, "W4A16", solver="gptq")), True),
+        (pipeline(rule(MLP, "W4A16", transform="awq")), True),
+        (pipeline(rule(MLP, None, transform="awq")), False),
+        (pipeline(rule(MLP, "W4A16"), observers={"importance": True}, scales="importance"), True),
+        (pipeline(rule(MLP, "W4A16"), kv_cache={}), True),
+        (load_pipeline([AssignTargets(assignments=(TARGETED,)), InsertObservers(), Calibrate()]), True),
+        (load_pipeline([AssignTargets(kv_cache=KVCacheSpec()), InsertObservers(), Calibrate()]), True),
+    ],
+)
+def test_data_is_read_before_the_model_is_captured_where_rules_may_need_it(
+    chosen: Pipeline, needed: bool, source: Path
+) -> None:
+    read: list[str] = []
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        read.append("rows")
+        yield from ROWS
+
+    with open_model(source) as opened:
+        CalibrationData(rows(), SHORT).read_ahead(chosen, opened)
+    assert read == ["rows"] * needed
+
+
+def test_runs_that_bring_the_same_data_read_it_once(source: Path, tmp_path: Path) -> None:
+    own = IN_ORDER.model_copy(update={"dataset": jsonl(tmp_path / "rows.jsonl", ROWS)})
+    runs = ({"algorithms": ("gptq",), "calibration": own}, {"calibration": own})
+    chosen = pipeline(rule(MLP, "W4A16", solver="gptq"), rule(ATTENTION, "FP8"), runs=runs)
+    data = CalibrationData(never(), None)
+    with open_model(source) as opened:
+        data.read_ahead(chosen, opened)
+        (tmp_path / "rows.jsonl").unlink()
+        data.read_ahead(chosen, opened)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -161,9 +208,12 @@ def test_data_that_cannot_be_used_is_refused_before_anything_is_written(
     what: str, source: Path, tmp_path: Path
 ) -> None:
     data, kind, expected = MISTAKES[what]
+    seen: list[str] = []
     with pytest.raises(kind, match=expected):
-        compiled(source, tmp_path / "output", **data)
+        compiled(source, tmp_path / "output", progress=lambda what, done, total: seen.append(what), **data)
     assert not list(tmp_path.iterdir())
+    # Whether data is needed is known when rules have met the model; whether it can be used, before.
+    assert seen == (["capture"] if expected.endswith("no calibration data was given") else [])
 
 
 def test_the_longest_sequence_counts_where_a_rope_is_frozen_at_a_length(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from qcompiler.ir.annotations import (
     Leaf,
     LeafKind,
     Observer,
+    Quant,
     Role,
     get,
     get_quant,
@@ -29,6 +30,11 @@ from qcompiler.solvers.options import NEED_HESSIAN
 def needs_statistics(scheme: Scheme | None) -> bool:
     """Whether a scheme's input activations carry a number that must be measured on data."""
     return scheme is not None and scheme.input_activations is not None and scheme.input_activations.dynamic is not True
+
+
+def needs_data(quant: Quant) -> bool:
+    """Whether a decision may need statistics of any kind: of activations, for its solver or for its transform."""
+    return needs_statistics(quant.scheme) or quant.solver in NEED_HESSIAN or quant.transform is not None
 
 
 def _has_disk_form(node: Node) -> str | None:
