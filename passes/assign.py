@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
 from qcompiler import select
 from qcompiler.errors import RuleError
-from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set_quant
+from qcompiler.ir.annotations import Claim, Leaf, LeafKind, Quant, consider, get_quant, need, set_quant
 from qcompiler.ir.fusion import check_fusion
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
@@ -76,6 +76,7 @@ class Assign(GraphPass):
             who = f"{context.running or self.name}: rule {number}"
             asked |= dict.fromkeys(self._apply(rule, who, scope, context), (rule, who))
         self._fit(asked, context)
+        self._remember(leaves, ignored, find, context.running or self.name)
         check_fusion(graph)
         blocks = [leaf for _, leaf in graph.leaves() if leaf.kind is LeafKind.EXPERTS]
         if blocks:
@@ -150,6 +151,22 @@ class Assign(GraphPass):
         for (what, who), paths in told.items():
             first, more = next(iter(paths)), f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             context.report.fallback(f"{what} of {first}{more}: {self.on_indivisible} instead ({who})")
+
+    def _remember(self, leaves: Sequence[Node], ignored: Mapping[Node, str], find: Find, who: str) -> None:
+        """Note at every linear which rules mean it, or miss it by one key, for those who ask why."""
+        linears = [node for node in leaves if need(node, Leaf).is_linear]
+        for number, wanted in enumerate(self.ignore, 1):
+            for node in find(wanted, linears).nodes:
+                consider(node, Claim(f"{who}: ignore {number}", str(wanted), "dense"))
+        for number, rule in enumerate(self.rules, 1):
+            quant = _decided(rule.scheme, rule, ())
+            claim = Claim(f"{who}: rule {number}", str(rule.select), quant.short)
+            selection = find(rule.select, linears)
+            for node in selection.nodes:
+                consider(node, replace(claim, hidden=ignored.get(node, "")))
+            for node, key in selection.near:
+                if node not in selection.nodes:
+                    consider(node, replace(claim, missed=f"{key.rstrip('_')}: {select.has(node, key)}"))
 
     def _instead(self, scheme: Scheme, leaf: Leaf, wrong: str) -> Scheme | None:
         """What `on_indivisible` makes of a scheme whose groups do not divide a linear's inputs."""

@@ -15,7 +15,7 @@ from qcompiler.emit.mappings import TransformSites
 from qcompiler.emit.patterns import TargetList
 from qcompiler.errors import did_you_mean
 from qcompiler.expressions import REGEX_PREFIX
-from qcompiler.ir.annotations import Leaf, LeafKind, Quant, get_quant, need, set_quant
+from qcompiler.ir.annotations import Claim, Leaf, LeafKind, Quant, consider, get_quant, need, set_quant
 from qcompiler.ir.fusion import check_fusion
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
@@ -38,11 +38,8 @@ class TargetGroup(Options):
 
     @property
     def short(self) -> str:
-        """Scheme and algorithm in words, where that is not rounding to nearest."""
-        quant = self.quant(())
-        if quant.scheme is None:
-            return "dense"
-        return quant.scheme.short if quant.algorithm == "rtn" else f"{quant.scheme.short} {quant.algorithm}"
+        """What it decides, in words."""
+        return self.quant(()).short
 
     def decides_as(self, other: TargetGroup) -> bool:
         return self.model_copy(update={"targets": other.targets}) == other
@@ -115,11 +112,13 @@ class AssignTargets(GraphPass):
         rescaled = assignment.rescaled(graph)
         for node, leaf in graph.leaves():
             ignored = first_target(ignore, leaf)
+            claims = groups.claims(leaf) if leaf.kind is not LeafKind.NORM else None
+            if leaf.is_linear:
+                self._remember(node, ignored, claims, assignment.groups)
             if ignored is not None:
                 if leaf.is_linear and get_quant(node) is None:
                     set_quant(node, Quant(None, "none", (f"{self.name}: ignore {ignored}",)))
                 continue
-            claims = groups.claims(leaf) if leaf.kind is not LeafKind.NORM else None
             if claims is not None:
                 for note in self._decide(node, leaf, assignment.groups, claims, node in rescaled):
                     told.setdefault(note, {})[leaf.path] = None
@@ -127,6 +126,15 @@ class AssignTargets(GraphPass):
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             text = f"{self.name}: {note.before}{next(iter(paths))}{more}{note.after}"
             (context.report.warning if note.kind == "warning" else context.report.fallback)(text)
+
+    def _remember(self, node: Node, ignored: str | None, claims: Claims | None, groups: Sequence[TargetGroup]) -> None:
+        """Note at a linear which targets mean it, for those who ask why."""
+        hidden = f"{self.name}: ignore {ignored}" if ignored is not None else ""
+        if ignored is not None:
+            consider(node, Claim(hidden, ignored, "dense"))
+        for meant in (claims.first, *claims.others) if claims is not None else ():
+            group = groups[meant.group]
+            consider(node, Claim(f"{self.name}: {meant.target}", meant.target, group.short, hidden=hidden))
 
     def _decide(
         self, node: Node, leaf: Leaf, groups: Sequence[TargetGroup], claims: Claims, rescaled: bool

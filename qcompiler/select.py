@@ -138,7 +138,7 @@ class Selection:
     def explain(self, select: Select, nodes: Sequence[Node]) -> str:
         """Words for a select that found nothing."""
         if self.near:
-            shown = [f"{need(n, Leaf).path} (but for {key}: {_has(n, key)})" for n, key in self.near[:3]]
+            shown = [f"{need(n, Leaf).path} (but for {key}: {has(n, key)})" for n, key in self.near[:3]]
             return f"nearest: {'; '.join(shown)}"
         keys = [key for key in type(select).model_fields if getattr(select, key) is not None]
         return "; ".join(_there_is(key, select, nodes) for key in keys) if nodes else "the model has none"
@@ -160,7 +160,7 @@ def _there_is(key: str, select: Select, nodes: Sequence[Node]) -> str:
         case "layers":
             return f"the model has layers 0 to {max(layers)}" if layers else "the model has no layers"
         case "structure":
-            return f"the model has structures {', '.join(sorted({_has(node, 'structure') for node in nodes}))}"
+            return f"the model has structures {', '.join(sorted({has(node, 'structure') for node in nodes}))}"
         case _:
             return f"the largest has {max(leaf.parameters for leaf in leaves)} parameters"
 
@@ -169,7 +169,8 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _has(node: Node, key: str) -> str:
+def has(node: Node, key: str) -> str:
+    """What a leaf has for a key of a select."""
     leaf, role = need(node, Leaf), need(node, Role)
     facts = {"name": leaf.path, "class": leaf.class_name, "layers": role.layer, "structure": role.structure}
     return str(facts.get(key, leaf.parameters))

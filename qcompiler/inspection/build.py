@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import JsonValue
 from transformers import PreTrainedModel
 
-from qcompiler.inspection.document import Group, Measures, ModelFacts, Node, Verdict
+from qcompiler.inspection.document import Candidate, Group, Measures, ModelFacts, Node, Verdict
 from qcompiler.inspection.plain import plain, plain_annotations
 from qcompiler.ir import fx
-from qcompiler.ir.annotations import Leaf, Quant, Rescale, Role, Scope, get, get_quant, observed
+from qcompiler.ir.annotations import Considered, Leaf, Quant, Rescale, Role, Scope, get, get_quant, observed
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.observers import observers
 from qcompiler.ir.ops import OPS, fake_quantize, observe
@@ -78,6 +78,7 @@ def _node(
             quant = get_quant(node)  # "stored": nobody here knows more than the report
             known = {} if quant is None or quant.solver == "stored" else {"because": quant.because}
             fields |= _row_fields(row) | known
+        fields["candidates"] = tuple(_candidates(node))
     if (statistic := observed(node)) is not None:
         fields["observes"] = statistic.id
         fields["because"] = statistic.because
@@ -121,6 +122,30 @@ def _decision(quant: Quant | None, leaf: Leaf) -> dict[str, Any]:
         "run": quant.run,
         "because": quant.because,
     }
+
+
+def _candidates(node: fx.Node) -> Iterator[Candidate]:
+    """The rules that were weighed for a linear, and what came of each: the first words of `because` say who decided."""
+    considered, quant = get(node, Considered), get_quant(node)
+    winner = quant.because[0] if quant is not None and quant.because else None
+    won = False
+    for claim in considered.claims if considered is not None else ():
+        outcome, because = "overridden", f"by {winner}" if winner else "by what the checkpoint holds"
+        if claim.missed:
+            outcome, because = "missed", claim.missed
+        elif claim.hidden:
+            outcome, because = "hidden", f"by {claim.hidden}"
+        elif claim.who == winner and not won:
+            outcome, because, won = "decides", "", True
+        yield Candidate.model_validate(
+            {
+                "who": claim.who,
+                "selects": claim.selects,
+                "becomes": claim.becomes,
+                "outcome": outcome,
+                "because": because,
+            }
+        )
 
 
 def _row_fields(row: LayerRow) -> dict[str, Any]:

@@ -103,6 +103,34 @@ class Quant:
         names = [self.transform.name] if self.transform else []
         return "+".join(names + [self.solver] * (self.solver != "rtn" or not names))
 
+    @property
+    def short(self) -> str:
+        """Scheme and algorithm in words, where that is not rounding to nearest."""
+        if self.scheme is None:
+            return "dense"
+        return self.scheme.short if self.algorithm == "rtn" else f"{self.scheme.short} {self.algorithm}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A rule that means a linear: `who` it is (as in `Quant.because`), what it selects, what it would make of it.
+
+    `missed`: the one key that does not hold, and what holds in its place. `hidden`: who took the linear away from it.
+    """
+
+    who: str
+    selects: str
+    becomes: str
+    missed: str = ""
+    hidden: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """The rules that were weighed for a linear, in the order in which they spoke. `Quant` says which one decided."""
+
+    claims: tuple[Claim, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Observer:
@@ -171,7 +199,9 @@ class Rescale:
 
 
 AnyObserver = Observer | HessianObserver | ChannelObserver
-Annotation = TypeVar("Annotation", Leaf, Scope, Role, Quant, Observer, HessianObserver, ChannelObserver, Rescale)
+Annotation = TypeVar(
+    "Annotation", Leaf, Scope, Role, Quant, Considered, Observer, HessianObserver, ChannelObserver, Rescale
+)
 _KEY = "qcompiler"
 
 
@@ -212,6 +242,11 @@ def annotate(node: Node, annotation: Annotation, *, replacing: Annotation | None
     node.meta[_KEY] = {**node.meta.get(_KEY, {}), kind: annotation}
 
 
+def inherit(node: Node, other: Node) -> None:
+    """Give a node every annotation of `other` of a kind that it does not have: it takes that one's place."""
+    node.meta[_KEY] = {**other.meta.get(_KEY, {}), **node.meta.get(_KEY, {})}
+
+
 def observed(node: Node) -> AnyObserver | None:
     """What an `observe` node collects; None for any other node."""
     return get(node, Observer) or get(node, HessianObserver) or get(node, ChannelObserver)
@@ -231,3 +266,9 @@ def scheme_of(node: Node) -> Scheme | None:
 def set_quant(node: Node, quant: Quant, *, replacing: Quant | None = None) -> None:
     """Decide what becomes of a linear; see `annotate`."""
     annotate(node, quant, replacing=replacing)
+
+
+def consider(node: Node, *claims: Claim) -> None:
+    """Remember rules that were weighed for a linear, after those that are remembered."""
+    before = get(node, Considered)
+    annotate(node, Considered((*(before.claims if before else ()), *claims)), replacing=before)

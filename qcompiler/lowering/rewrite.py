@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompiler.ir.annotations import Observer, Role, annotate, get, get_quant, need, scheme_of, set_quant
+from qcompiler.ir.annotations import Observer, get, inherit, scheme_of
 from qcompiler.ir.edit import insert
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph
@@ -26,11 +26,7 @@ def lower_graph(graph: Graph) -> None:
         if scheme.input_activations is not None:
             x = insert(graph, fake_quantize, (x, leaf.path), before=node, like=x)
         lowered = insert(graph, quantized_linear, (x, leaf.path), before=node, like=node)
-        annotate(lowered, leaf)
-        annotate(lowered, need(node, Role))
-        quant = get_quant(node)
-        assert quant is not None
-        set_quant(lowered, quant)
+        inherit(lowered, node)
         node.replace_all_uses_with(lowered)
         graph.fx.erase_node(node)
 

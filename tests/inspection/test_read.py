@@ -141,5 +141,35 @@ def test_an_export_whose_edges_lead_nowhere_is_refused(points: dict[str, Documen
         read(tmp_path / "graph.json")
 
 
+def test_rules_that_lost_are_told_with_the_reason(points: dict[str, Document], stored: Document) -> None:
+    for document in (points["assign"], stored):
+        weighed = document.find("model.layers.3.mlp.down_proj").candidates
+        assert [(c.who, c.outcome, c.because) for c in weighed] == [
+            ("assign: rule 1", "overridden", "by assign: rule 3"),
+            ("assign: rule 3", "decides", ""),
+        ]
+        (decided, missed) = document.find("model.layers.0.mlp.down_proj").candidates
+        assert (decided.outcome, missed.outcome, missed.because) == ("decides", "missed", "layers: 0")
+        assert missed.selects == "{layers: -1, structure: mlp-output}"
+        head = document.find("lm_head").candidates
+        assert [(c.who, c.outcome) for c in head] == [("assign: ignore 1", "decides"), ("assign: rule 4", "hidden")]
+
+
+def test_targets_that_lost_are_told_too(model: str) -> None:
+    groups = [
+        {"targets": ["re:.*o_proj"], "scheme": {"weights": {"bits": 8, "group_size": 16}}},
+        {"targets": ["re:.*(o|down)_proj"], "scheme": {"weights": {"bits": 4, "group_size": 16}}},
+    ]
+    passes = [{"assign-targets": {"assignments": [{"groups": groups, "ignore": ["model.layers.1.self_attn.o_proj"]}]}}]
+    document = read_plan(model, _pipeline(passes))
+    weighed = document.find("model.layers.0.self_attn.o_proj").candidates
+    assert [(c.selects, c.outcome) for c in weighed] == [
+        ("re:.*o_proj", "decides"),
+        ("re:.*(o|down)_proj", "overridden"),
+    ]
+    ignored = document.find("model.layers.1.self_attn.o_proj").candidates
+    assert [c.outcome for c in ignored] == ["decides", "hidden", "hidden"]
+
+
 def _pipeline(passes: object) -> Pipeline:
     return parse_pipeline(yaml.safe_dump({"name": "p", "passes": passes}))
