@@ -1,0 +1,114 @@
+"""A document as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qcompiler.inspection.document import Document
+from qcompiler.inspection.page.data import page_data
+from qcompiler.show import human
+
+_FOLDER = files("qcompiler.inspection.page")
+_SCRIPTS = ("model.js", "grid.js", "graph.js", "details.js", "search.js", "main.js")
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library that the page carries: its code, and the licence under which."""
+
+    package: str
+    version: str
+    licence: str
+    code: Markup
+    licence_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A line of a table with a bar: bytes or seconds, and where its bar starts and how long it is, in percent."""
+
+    what: str
+    amount: float
+    start: float
+    length: float
+    where: str = ""
+
+
+def render_page(document: Document) -> str:
+    """The document as HTML: everything is inside, nothing is loaded, and it runs from disk.
+
+    A content security policy names the hash of each script and style, so no other runs, whatever the document says.
+    """
+    environment = Environment(
+        loader=PackageLoader("qcompiler.inspection.page", "src"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {"human": human}
+    libraries = _libraries()
+    scripts = [*(library.code for library in libraries), *(_source(name) for name in _SCRIPTS)]
+    style = _source("page.css")
+    ledger = _shares([(entry.what, entry.bytes, entry.where) for entry in document.ledger])
+    passes = document.pipeline.passes if document.pipeline else ()
+    return environment.get_template("page.html").render(
+        document=document,
+        data=page_data(document),
+        listed=document.listed,
+        ledger=ledger,
+        ledger_bytes=sum(entry.bytes for entry in document.ledger),
+        timings=_shares([(run.name, run.seconds or 0.0, run.stage) for run in passes]),
+        libraries=libraries,
+        scripts=scripts,
+        script_hashes=[_hash(script) for script in scripts],
+        style=style,
+        style_hash=_hash(style),
+    )
+
+
+def _shares(parts: Sequence[tuple[str, float, str]]) -> list[Share]:
+    whole = sum(amount for _, amount, _ in parts) or 1
+    shares, start = [], 0.0
+    for what, amount, where in parts:
+        length = 100 * amount / whole
+        shares.append(Share(what, amount, start, length, where))
+        start += length
+    return shares
+
+
+def _libraries() -> list[Library]:
+    folder = _FOLDER / "vendor"
+    return [
+        Library(
+            package=entry["package"],
+            version=entry["version"],
+            licence=entry["licence"],
+            code=_inline((folder / entry["file"]).read_text(encoding="utf-8")),
+            licence_text=(folder / entry["file"].replace(".js", ".LICENSE")).read_text(encoding="utf-8"),
+        )
+        for entry in json.loads((folder / "libraries.json").read_text(encoding="utf-8"))
+    ]
+
+
+def _source(name: str) -> Markup:
+    return _inline((_FOLDER / "src" / name).read_text(encoding="utf-8"))
+
+
+def _inline(code: str) -> Markup:
+    """A script or style of ours as it stands inside its element; a source map's address would lead nowhere."""
+    return Markup(re.sub(r"^//# sourceMappingURL=.*$", "", code, flags=re.MULTILINE).strip())
+
+
+def _hash(code: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")

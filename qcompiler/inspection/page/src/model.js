@@ -1,0 +1,144 @@
+'use strict';
+
+/** The document: nodes are numbers, and their fields are read by name. */
+class Model {
+  constructor(data) {
+    this.data = data;
+    const {own, values, profiles, profile} = data.nodes;
+    this.own = Object.fromEntries(Object.entries(own).map(([name, column]) => [name, unfold(column)]));
+    this.shared = Object.entries(values);
+    this.places = new Map(this.shared.map(([name], place) => [name, place]));
+    this.profiles = profiles;
+    this.profileOf = profile;
+    this.count = this.profileOf.length;
+    this.consumers = Array.from({length: this.count}, () => []);
+    for (let node = 0; node < this.count; node++) {
+      for (const input of this.get(node, 'inputs')) this.consumers[input].push(node);
+    }
+    this.groups = new Map(data.groups.map((group) => [`${group.kind} ${group.id}`, group]));
+    this.weighted = this.where((node) => this.get(node, 'weighted'));
+    this.others = this.where((node) => !this.get(node, 'weighted'));
+    this.schemes = this.countSchemes();
+    this.haystacks = null;
+  }
+
+  get(node, field) {
+    const own = this.own[field];
+    if (own) return own[node];
+    const place = this.places.get(field);
+    return place === undefined ? null : this.shared[place][1][this.profiles[this.profileOf[node]][place]];
+  }
+
+  /** Every field of a node that has a value. */
+  fields(node) {
+    const names = [...Object.keys(this.own), ...this.places.keys()];
+    return names.map((name) => [name, this.get(node, name)]).filter(([, value]) => value !== null);
+  }
+
+  where(test) {
+    const found = [];
+    for (let node = 0; node < this.count; node++) if (test(node)) found.push(node);
+    return found;
+  }
+
+  label(node) {
+    return this.get(node, 'path') ?? this.get(node, 'name');
+  }
+
+  /** The path below its layer, or the whole of it. */
+  short(node) {
+    return this.get(node, 'short') ?? this.label(node);
+  }
+
+  scheme(node) {
+    return this.get(node, 'scheme_name') ?? 'dense';
+  }
+
+  /** Schemes by how many weights have them, each with its colour's class; dense has its own. */
+  countSchemes() {
+    const counts = new Map();
+    for (const node of this.weighted) {
+      const name = this.scheme(node);
+      const entry = counts.get(name) ?? {name, nodes: 0, bytes: 0};
+      entry.nodes += 1;
+      entry.bytes += this.get(node, 'bytes') ?? 0;
+      counts.set(name, entry);
+    }
+    const ordered = [...counts.values()].sort((a, b) => b.nodes - a.nodes || (a.name < b.name ? -1 : 1));
+    let place = 0;
+    for (const entry of ordered) entry.style = entry.name === 'dense' ? 'dense' : `scheme-${place++ % 8}`;
+    return new Map(ordered.map((entry) => [entry.name, entry]));
+  }
+
+  style(node) {
+    return this.schemes.get(this.scheme(node))?.style ?? 'plain';
+  }
+
+  /** Nodes that have every word of the query, weights first; `field:word` asks one field. */
+  search(query) {
+    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+    if (!words.length) return [];
+    this.prepare();
+    const tests = words.map((word) => {
+      const [, field, rest] = /^(path|scheme|structure|layer|solver|group|op):(.+)$/.exec(word) ?? [];
+      if (!field) return (node) => this.haystacks[node].includes(word);
+      if (field === 'layer') return (node) => String(this.get(node, 'layer')) === rest;
+      const read = SEARCHED[field];
+      return (node) => read(this, node).toLowerCase().includes(rest);
+    });
+    const has = (node) => tests.every((test) => test(node));
+    return [...this.weighted.filter(has), ...this.others.filter(has)];
+  }
+
+  /** Write down, once, what a word is looked for in. */
+  prepare() {
+    const parts = Object.values(SEARCHED);
+    this.haystacks ??= Array.from(this.profileOf, (_, node) => parts.map((read) => read(this, node)).join(' ').toLowerCase());
+  }
+}
+
+/** A column's values: as they stand, or texts put together from what they share and their numbers. */
+function unfold({plain, patterns, cells}) {
+  if (plain) return plain;
+  return cells.map((cell) => cell && patterns[cell[0]].map((piece, place) => (place ? cell[place] + piece : piece)).join(''));
+}
+
+const SEARCHED = {
+  path: (model, node) => `${model.get(node, 'path') ?? ''} ${model.get(node, 'name')}`,
+  scheme: (model, node) => (model.get(node, 'weighted') ? model.scheme(node) : ''),
+  structure: (model, node) => model.get(node, 'structure') ?? '',
+  solver: (model, node) => model.get(node, 'algorithm') ?? '',
+  group: (model, node) => `${model.get(node, 'input_group') ?? ''} ${model.get(node, 'fusion_group') ?? ''}`,
+  op: (model, node) => `${model.get(node, 'op')} ${model.get(node, 'kind')}`,
+};
+
+const UNITS = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
+
+function human(bytes) {
+  let unit = 0;
+  for (; bytes >= 1024 && unit < UNITS.length - 1; unit++) bytes /= 1024;
+  return `${unit ? bytes.toFixed(2) : bytes} ${UNITS[unit]}`;
+}
+
+function grouped(number) {
+  return number.toLocaleString('en-US');
+}
+
+function counted(number, what) {
+  return `${grouped(number)} ${what}${number === 1 ? '' : 's'}`;
+}
+
+function brief(value) {
+  if (value === 0) return '0';
+  return Math.abs(value) < 0.01 || Math.abs(value) >= 1e6 ? value.toExponential(2) : String(+value.toPrecision(4));
+}
+
+/** An element with attributes and children; strings become text, never markup. */
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== false) element.setAttribute(name, value === true ? '' : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}

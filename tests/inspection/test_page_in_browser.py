@@ -1,0 +1,292 @@
+"""The page in a browser: real clicks and keys, both themes, on paper, and as large as models get."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qcompiler.inspection.document import Document
+from qcompiler.inspection.page import render_page
+from tests.inspection.browser import EXECUTABLE, Browser
+from tests.inspection.documents import decoder
+
+pytestmark = [
+    pytest.mark.skipif(EXECUTABLE is None, reason="chromium is not installed"),
+    pytest.mark.xdist_group("browser"),
+]
+
+Show = Callable[[Document], Browser]
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def show(window: Browser, tmp_path: Path) -> Iterator[Show]:
+    """Opens a document's page; afterwards, nothing may have gone wrong in it."""
+
+    def opened(document: Document) -> Browser:
+        file = tmp_path / "page.html"
+        file.write_text(render_page(document), encoding="utf-8")
+        window.open(file.as_uri())
+        return window
+
+    window.problems.clear()
+    yield opened
+    window.run("0")
+    assert window.problems == []
+
+
+def text(browser: Browser, selector: str) -> str:
+    return str(browser.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+
+
+def cell(row: int, column: int) -> str:
+    return f"#grid tbody tr:nth-child({row}) td:nth-of-type({column})"
+
+
+def focused(browser: Browser) -> str:
+    return str(browser.run("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"))
+
+
+def test_a_click_on_a_weight_tells_why_it_is_as_it_is(show: Show) -> None:
+    page = show(decoder(3))
+    page.click(cell(2, 7))
+    told = text(page, "#details")
+    assert "model.layers.1.mlp.down_proj" in told
+    for fact in ("w:int8/g128", "assign: rule 1", "loads, with kernel wna16", "64.00 KiB (65,536 bytes)", "l1.mlp.mul"):
+        assert fact in told
+    assert text(page, "#block option:checked") == "layer 1"
+    assert (
+        page.run("document.querySelector('g.box.selected').getAttribute('aria-label')") == "mlp.down_proj, w:int8/g128"
+    )
+    page.click("#details .link")  # what it reads
+    assert "l1.mlp.mul" in text(page, "#details-title")
+
+
+def test_the_grid_is_walked_by_keys_and_gives_the_focus_back(show: Show) -> None:
+    page = show(decoder(3))
+    page.click(cell(1, 1))
+    assert focused(page).startswith("layer 0, self_attn.q_proj")
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
+        page.press(key)
+    assert focused(page).startswith("layer 1, self_attn.v_proj")
+    page.press("End")
+    assert focused(page).startswith("layer 1, mlp.down_proj")
+    page.press("ArrowRight")
+    assert focused(page).startswith("layer 1, mlp.down_proj")
+    assert page.run("document.querySelectorAll('#grid td[tabindex=\"0\"]').length") == 1
+    page.press("Enter")
+    assert focused(page) == "details-title"
+    page.press("Escape")
+    assert focused(page).startswith("layer 1, mlp.down_proj")
+    assert page.run("document.querySelector('#details').hidden")
+
+
+def test_a_search_finds_marks_and_counts(show: Show) -> None:
+    page = show(decoder(3))
+    page.press("/")
+    page.type("down layer:2")
+    assert text(page, "#count") == "1 node"
+    assert page.run("document.querySelectorAll('#grid td.hit').length") == 1
+    page.press("ArrowDown")
+    active = page.run("document.querySelector('#search').getAttribute('aria-activedescendant')")
+    assert text(page, f"#{active}").startswith("model.layers.2.mlp.down_proj")
+    page.press("Enter")
+    assert text(page, "#details-title") == "model.layers.2.mlp.down_proj"
+    page.press("/")
+    page.type("nothing of the kind")
+    assert text(page, "#count") == "0 nodes"
+    page.press("Escape")
+    assert text(page, "#count") == ""
+    page.type("structure:mlp-output")
+    assert text(page, "#count") == "3 nodes"
+
+
+def test_the_legend_searches_for_its_scheme(show: Show) -> None:
+    page = show(decoder(3))
+    page.click("#legend li:nth-child(2) button")
+    assert page.run("document.querySelector('#search').value") == "scheme:w:int8/g128"
+    assert page.run("document.querySelectorAll('#grid td.hit').length") == 3
+
+
+def test_cells_show_errors_when_asked(show: Show) -> None:
+    page = show(decoder(3))
+    assert text(page, cell(1, 7)) == "w:int8/g128"
+    page.click("#metrics label:has([value=error])")
+    expected = next(node.measures for node in decoder(3).listed if node.path == "model.layers.0.mlp.down_proj")
+    assert expected is not None
+    assert float(text(page, cell(1, 7))) == pytest.approx(expected.error, rel=0.01)
+    assert len({page.run(f"document.querySelector('{cell(1, n)}').className") for n in range(1, 8)}) > 1
+
+
+def test_layers_that_are_alike_fold_to_one_row(show: Show) -> None:
+    page = show(decoder(5))
+    page.click("#fold")
+    assert text(page, "#grid tbody tr th") == "0\N{EN DASH}4"
+    assert page.run("document.querySelectorAll('#grid tbody tr').length") == 2
+    page.click(cell(1, 7))
+    assert "w:int8/g128 \N{MULTIPLICATION SIGN}5" in text(page, "#details")
+
+
+def test_a_block_is_drawn_with_its_edges_and_groups(show: Show) -> None:
+    page = show(decoder(3))
+    names = page.run(
+        "[...document.querySelectorAll('g.box')].map((box) => box.getAttribute('aria-label').split(',')[0])"
+    )
+    # fmt: off
+    assert sorted(names) == sorted([
+        "from model.embed_tokens", "input_norm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "sdpa",
+        "self_attn.o_proj", "add", "post_norm", "mlp.gate_proj", "mlp.up_proj", "mul", "mlp.down_proj", "add",
+        "to layer 1",
+    ])
+    # fmt: on
+    across = "[...document.querySelectorAll('g.box')].map((box) => box.getBoundingClientRect().x)"
+    left = dict(zip(names, page.run(across), strict=True))
+    assert left["self_attn.q_proj"] < left["self_attn.k_proj"] < left["self_attn.v_proj"]
+    assert page.run("document.querySelectorAll('#drawing .edge').length") == 19
+    assert page.run("document.querySelectorAll('#drawing .cluster.fusion').length") == 2
+    assert page.run("document.querySelectorAll('#drawing .cluster.input').length") == 1
+    page.click("#every")
+    assert page.run("document.querySelectorAll('g.box').length") == 15 + 3 + 1  # the views, and the mask
+    page.click("#after")
+    assert text(page, "#block option:checked") == "layer 1"
+    assert "l1.qkv" in text(page, "#groups")
+
+
+def test_the_drawing_zooms_and_is_walked_by_keys(show: Show) -> None:
+    page = show(decoder(3))
+    page.click("g.box[aria-label^=input_norm]")
+    page.press("ArrowDown")
+    page.press("ArrowRight")
+    assert focused(page).startswith("self_attn.v_proj")
+    before = page.run("document.querySelector('g.box').getBoundingClientRect().width")
+    page.press("+")
+    assert page.run("document.querySelector('g.box').getBoundingClientRect().width") == pytest.approx(1.3 * before)
+    page.press("0")
+    assert page.run("document.querySelector('g.box').getBoundingClientRect().width") == pytest.approx(before)
+
+
+def test_names_made_to_break_out_are_shown_and_run_nothing(show: Show) -> None:
+    hostile = "</script><img src=x onerror=alert(1)>"
+    page = show(decoder(2, name=hostile, root=hostile))
+    page.click(cell(1, 1))
+    page.press("/")
+    page.type("<img")
+    assert text(page, "h1") == hostile
+    assert text(page, "#details-title") == f"{hostile}.0.self_attn.q_proj"
+    assert text(page, "#hits li").startswith(hostile)
+    assert page.run("document.querySelectorAll('img').length") == 0
+
+
+CONTRASTS = """
+(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+  const channels = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (colour) => {
+    const parts = channels(colour).slice(0, 3).map((part) => part / 255);
+    const [r, g, b] = parts.map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (channels(colour)[3] === 255) return colour;
+    }
+  };
+  const low = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || element.closest('svg, .hidden, .skip')) continue;
+    if (!element.checkVisibility()) continue;
+    const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) low.push([texts.currentNode.data, element.className, contrast]);
+  }
+  return low;
+})()
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_both_themes_can_be_read(show: Show, theme: str) -> None:
+    page = show(decoder(3))
+    try:
+        page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        dark = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((part) => part < 64)"
+        assert page.run(dark) is (theme == "dark")
+        page.click(cell(1, 1))
+        assert page.run(CONTRASTS) == []
+        page.click("#metrics label:has([value=error])")
+        page.press("/")
+        page.type("down")
+        assert page.run(CONTRASTS) == []
+        page.click("#theme")
+        page.press("Escape")
+        page.run("document.querySelector('#theme').value = 'light'")
+        page.run("document.querySelector('#theme').dispatchEvent(new Event('change'))")
+        assert page.run(dark) is False
+    finally:
+        page.send("Emulation.setEmulatedMedia", features=[])
+
+
+def test_what_is_printed_is_all_of_the_grid_and_of_the_drawing(show: Show) -> None:
+    page = show(decoder(80))
+    page.click("#fold")  # so many layers are folded at first
+    page.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        assert page.run(
+            "(({scrollHeight, clientHeight}) => scrollHeight === clientHeight)(document.querySelector('#grid-frame'))"
+        )
+        frame, drawn = (
+            page.run(f"(({{x, y, width, height}}) => [x, y, x + width, y + height])({box}.getBoundingClientRect())")
+            for box in ("document.querySelector('.frame')", "document.querySelector('#drawing > g')")
+        )
+        assert frame[0] <= drawn[0]
+        assert frame[1] <= drawn[1]
+        assert drawn[2] <= frame[2]
+        assert drawn[3] <= frame[3]
+        assert not page.run("document.querySelector('#search').checkVisibility()")
+    finally:
+        page.send("Emulation.setEmulatedMedia", media="")
+
+
+SECONDS_OF_A_SEARCH = """
+(async () => {
+  const box = document.querySelector('#search');
+  box.focus();
+  box.value = 'down_proj';
+  const start = performance.now();
+  box.dispatchEvent(new Event('input'));
+  await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  return (performance.now() - start) / 1000;
+})()
+"""
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(126, 0), (48, 128)])
+def test_a_large_model_is_painted_within_a_second_and_searched_in_a_tenth(
+    show: Show, layers: int, experts: int
+) -> None:
+    document = decoder(layers, experts=experts)
+    page = show(document)
+    page.wait("performance.getEntriesByName('first-contentful-paint').length === 1")
+    assert page.run("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 1000
+    # The best of three: the machine has other work.
+    assert min(page.run(SECONDS_OF_A_SEARCH) for _ in range(3)) < 0.1
+    assert text(page, "#count") == f"{layers * max(experts, 1):,} nodes, the first 50 listed"
+    page.click("#grid tbody td:nth-of-type(7)")
+    assert text(page, "#details-title").endswith("down_proj")
