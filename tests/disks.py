@@ -12,7 +12,10 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs on `folder`, with mount's options. Skips the test where the system lets none be mounted."""
+    """A tmpfs on `folder`, with mount's options. Skips the test where the system lets none be mounted.
+
+    `make test` runs in a namespace of its own (`unshare -rm`) where that lets people mount one.
+    """
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from qcompiler.checkpoints.quantized import DESCRIPTIONS
+
 # Weights in any format, indices of weights, hidden files; and files that describe the uncompiled weights, or weights
 # compiled by another tool: loaders take some of them for the truth.
 _LEFT_OUT = re.compile(
     r"\..*"
     r"|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|tflite|ot|mlmodel|npz|npy|pkl|tar|gz|zip)"
     r"|.*\.index\.json"
-    r"|(config|params|adapter_config|quantize_config|quant_config|hf_quant_config)\.json|recipe\.yaml|README\.md",
+    r"|(config|params|adapter_config)\.json|recipe\.yaml|README\.md|" + "|".join(map(re.escape, DESCRIPTIONS)),
     re.IGNORECASE,
 )
 _IN_SUBFOLDERS = ("additional_chat_templates/*.jinja", "**/*.py")

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from qcompiler.checkpoints.quantized import DESCRIPTIONS
 from qcompiler.errors import VerificationError
 
 # What decides which numbers are computed: weights, their index, the config, and code that the model brings.
 _DECISIVE = re.compile(r".*\.(safetensors|py)|.*\.index\.json|config\.json", re.IGNORECASE)
 # What a loader takes besides, or in place of, what was written: some load every weight file that they find.
 _INTRUDERS = re.compile(
-    r".*\.(safetensors|bin|pt)|.*\.index\.json|(adapter_config|params|quantize_config|quant_config|hf_quant_config)\.json",
+    r".*\.(safetensors|bin|pt)|.*\.index\.json|(adapter_config|params)\.json|" + "|".join(map(re.escape, DESCRIPTIONS)),
     re.IGNORECASE,
 )
 _SHOWN = 5

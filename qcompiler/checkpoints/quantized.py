@@ -16,8 +16,9 @@ from qcompiler.checkpoints.conversions import Conversion
 from qcompiler.checkpoints.reader import TensorSource
 from qcompiler.errors import CheckpointError
 
-# How ModelOpt, AutoAWQ, AutoGPTQ and others describe a quantization outside of config.json.
-_DESCRIPTIONS = ("hf_quant_config.json", "quantization_config.json", "quant_config.json", "quantize_config.json")
+DESCRIPTIONS = ("hf_quant_config.json", "quantization_config.json", "quant_config.json", "quantize_config.json")
+"""How ModelOpt, AutoAWQ, AutoGPTQ and others describe a quantization outside of config.json."""
+
 # The last part of a key beside quantized weights: compressed-tensors, ModelOpt, fine-grained FP8, bitsandbytes, GPTQ,
 # AWQ, HQQ, quanto, torchao.
 _BESIDE_CODES = re.compile(
@@ -28,7 +29,7 @@ _HINT = "give the dense model: the original, which was not quantized"
 
 def refuse_described(folder: Path) -> None:
     """Raise `CheckpointError` for a folder with another tool's description of a quantization."""
-    for name in _DESCRIPTIONS:
+    for name in DESCRIPTIONS:
         if (folder / name).exists():
             raise CheckpointError(f"{folder / name}: the checkpoint is already quantized", hint=_HINT)
 

@@ -16,9 +16,12 @@ FusedNames = Mapping[str, Sequence[Sequence[str]]]
 EXPERT_NAME = re.compile(r"(?P<block>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)")
 """How checkpoints name one projection of one expert: `model.layers.0.mlp.experts.7.gate_proj`."""
 
-
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""What runtimes call the projections of a gated expert as they look for their schemes, whatever the model says."""
+"""What runtimes call the projections of a gated expert as they look for their schemes, whatever the model says.
+
+No mapping of Transformers has them: it knows what a checkpoint calls them (Mixtral's `w1`, `w3`, `w2`; see
+`qcompiler.lowering.sites.disk_sites`), and SGLang asks for these three even so.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,16 +61,26 @@ def too_late(rescale: Rescale, runs: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def tell_blocked(graph: Graph, run: int, report: Report) -> None:
-    """Say which transforms of a run come too late, because an earlier run rounds what they would change."""
+    """Say which transforms of a run come too late: an earlier one rounds what they would change, or moved the scale."""
     runs = runs_of(graph)
     late: dict[str, list[str]] = defaultdict(list)
+    moved: dict[str, list[str]] = defaultdict(list)
     for found in rescales(graph.nodes):
-        if paths := [path for path in too_late(found, runs) if runs.get(path) == run]:
-            late[f"{found.transform.name} ({found.kind})"] += paths
+        what = f"{found.transform.name} ({found.kind})"
+        mine = [path for path in found.asked if runs.get(path) == run]
+        if mine and too_late(found, runs):
+            late[what] += mine
+        elif mine and any(runs.get(path, run) < run for path in found.asked):
+            moved[what] += mine
     for what, paths in late.items():
         report.fallback(
             f"no {what} for {_some(paths)}, quantized without it: an earlier calibrate rounds its producer, or another "
             "linear that reads the same tensor"
+        )
+    for what, paths in moved.items():
+        report.fallback(
+            f"no {what} for {_some(paths)} by themselves: an earlier calibrate chooses the scale of their inputs, for "
+            "the linears that it solves of those that read the same tensor"
         )
 
 

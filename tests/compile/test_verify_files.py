@@ -45,7 +45,16 @@ def test_a_file_that_decides_what_is_computed_is_as_it_was_written(damaged: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "extra.safetensors", "pytorch_model.bin", "adapter_config.json", "params.json"]
+    "name",
+    [
+        "model.safetensors",
+        "extra.safetensors",
+        "pytorch_model.bin",
+        "adapter_config.json",
+        "params.json",
+        "quantization_config.json",
+        "quantize_config.json",
+    ],
 )
 def test_a_file_that_loaders_would_take_besides_is_refused(damaged: Path, name: str) -> None:
     shutil.copyfile(next(damaged.glob("*.safetensors")), damaged / name)

@@ -14,7 +14,7 @@ import yaml
 from qcompiler.capture import capture_graph
 from qcompiler.ir.graph import Graph
 from qcompiler.pipeline import Context, Pipeline, parse_pipeline
-from qcompiler.pipeline.manager import run_graph_passes
+from qcompiler.pipeline.manager import prepare_streaming_passes, run_graph_passes
 from qcompiler.report import Report
 from qcompiler.source import ModelSource
 from tests.capture.models import captured, on_meta
@@ -80,5 +80,7 @@ def run(graph: Graph | str, *passes: Item, target: str | None = None, folder: Pa
     graph = copied(captured(graph) if isinstance(graph, str) else graph)
     config = getattr(graph.model, "config", None)  # a renamed model is a bare tree of modules
     context = Context(ModelSource(folder, config, graph.model), Report(), target=target)
-    run_graph_passes(graph, pipeline(*passes), context)
+    chosen = pipeline(*passes)
+    run_graph_passes(graph, chosen, context)
+    prepare_streaming_passes(graph, chosen, context)
     return Run(graph, context.report, context.source)

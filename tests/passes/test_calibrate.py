@@ -116,6 +116,17 @@ def test_a_transform_that_comes_too_late_is_left_out_and_the_report_says_so() ->
     assert fallbacks(planned("llama", assigned, {})) == []
 
 
+def test_a_linear_whose_inputs_an_earlier_run_rescaled_is_told_of() -> None:
+    """Of a parallel block: attention is solved first, and its scale is the MLP's too."""
+    assigned = assign({**rule(INT4, structure=["attention-input", "mlp-input"]), "transform": "awq"})
+    runs = {"select": [{"structure": "attention-input"}]}, {}
+    assert fallbacks(planned("phi", assigned, *runs)) == [
+        f"no awq (norm -> attention-input, mlp-input) for {LAYER}.mlp.fc1 and 1 more by themselves: an earlier "
+        "calibrate chooses the scale of their inputs, for the linears that it solves of those that read the same tensor"
+    ]
+    assert fallbacks(planned("phi", assigned, {})) == []
+
+
 def test_a_transform_that_nothing_takes_is_left_out_and_the_report_says_why() -> None:
     found = planned("phi", assign({**rule(INT4, structure="mlp-output"), "transform": "awq"}), {})
     (text,) = fallbacks(found)
