@@ -1,7 +1,8 @@
 """qcompiler: a compiler for non-uniform quantization.
 
-`compile` and `plan` are the API; `verify` checks a compiled checkpoint. Passes are written against `GraphPass` and
-`StreamingPass`. Names are loaded on first use, so that importing a small part does not import Transformers.
+`compile` and `plan` are the API; `verify` checks a compiled checkpoint, `check_checkpoint` anyone's. Passes are written
+against `GraphPass` and `StreamingPass`. Names are loaded on first use, so that importing a small part does not import
+Transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.check import CheckReport, check_checkpoint
     from qcompiler.compiler import Plan, Result, compile, plan
     from qcompiler.data import CalibrationSpec
     from qcompiler.errors import QCompilerError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CalibrationSpec": "qcompiler.data",
+    "CheckReport": "qcompiler.check",
     "Context": "qcompiler.pipeline",
     "GraphPass": "qcompiler.pipeline",
     "Pass": "qcompiler.pipeline",
@@ -30,6 +33,7 @@ _HOME = {
     "Scheme": "qcompiler.scheme",
     "StreamingPass": "qcompiler.pipeline",
     "Verification": "qcompiler.verification",
+    "check_checkpoint": "qcompiler.check",
     "compile": "qcompiler.compiler",
     "load_pipeline": "qcompiler.pipeline",
     "plan": "qcompiler.compiler",
@@ -38,6 +42,7 @@ _HOME = {
 
 __all__ = [
     "CalibrationSpec",
+    "CheckReport",
     "Context",
     "GraphPass",
     "Pass",
@@ -49,6 +54,7 @@ __all__ = [
     "Scheme",
     "StreamingPass",
     "Verification",
+    "check_checkpoint",
     "compile",
     "load_pipeline",
     "plan",

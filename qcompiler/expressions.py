@@ -21,8 +21,12 @@ _MAX_REPEATS = 10_000
 _REPEAT = re.compile(r"\{(?:\d*,)?(\d+)\}")
 
 
+class PatternError(ConfigError):
+    """An expression that no loader can compile."""
+
+
 class Pattern:
-    """One compiled `re:` expression. Raises `ConfigError` where the expression is invalid."""
+    """One compiled `re:` expression. Raises `PatternError` where it is invalid, `ConfigError` where it is endless."""
 
     __slots__ = ("_compiled", "_spent", "target")
 
@@ -38,7 +42,7 @@ class Pattern:
         try:
             self._compiled = regex.compile(target.removeprefix(REGEX_PREFIX))
         except regex.error as error:
-            raise ConfigError(
+            raise PatternError(
                 f"target {target!r} is not a regular expression: {error}",
                 hint=f"targets that start with {REGEX_PREFIX!r} are regular expressions; escape dots and brackets",
             ) from None

@@ -66,7 +66,7 @@ LAYERS = (
     {"pipeline", "runtime"},
     {"capture"},
     {"lowering"},
-    {"calibration", "compiler", "verification", "table_check", "show", "demo"},
+    {"calibration", "check", "compiler", "verification", "table_check", "show", "demo"},
     {"inspection"},
     {"cli", "__init__"},
 )
@@ -104,6 +104,7 @@ def test_every_layer_names_what_there_is() -> None:
 LAZY = {
     "qcompiler/__init__.py",
     "qcompiler/cli/__init__.py",
+    "qcompiler/cli/check.py",
     "qcompiler/cli/commands.py",
     "qcompiler/cli/streams.py",
     "qcompiler/pipeline/registry.py",
@@ -186,7 +187,7 @@ def test_no_module_takes_the_place_of_a_function_of_the_api() -> None:
     assert not {f"qcompiler.{name}" for name in qcompiler.__all__} & modules
     for name in modules:
         importlib.import_module(name)
-    functions = ("compile", "plan", "verify", "load_pipeline")
+    functions = ("check_checkpoint", "compile", "plan", "verify", "load_pipeline")
     assert all(isinstance(getattr(qcompiler, name), FunctionType) for name in functions)
     assert qcompiler.load_pipeline("int4-int8").name == "int4-int8"
     assert all(isinstance(getattr(qcompiler, name), FunctionType) for name in functions)

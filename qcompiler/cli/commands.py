@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcompiler.cli.check import check
 from qcompiler.cli.streams import print_json, print_result, progress_bar, quiet_libraries
 from qcompiler.errors import QCompilerError
 from qcompiler.requirements import check_transformers
@@ -269,6 +270,9 @@ def verify(
         print_json(asdict(verification))
     else:
         print(verification)
+
+
+app.command()(check)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from qcompiler.scheme import Format, KVCacheSpec, QuantSpec, Scheme, Strategy, p
 
 QUANT_METHOD = "compressed-tensors"
 
-_TOP_KEYS = (
+TOP_KEYS = (
     *("quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme", "version"),
     *("global_compression_ratio", "sparsity_config", "transform_config", "packed_modules_mapping"),
 )
@@ -79,7 +79,7 @@ def kv_cache_dict(spec: KVCacheSpec) -> dict[str, Any]:
 
 def parse_quantization_config(config: Mapping[str, Any]) -> ParsedConfig:
     """Read a `quantization_config`, ours or another tool's. Raises `ConfigError` on what this package cannot mean."""
-    _refuse_unknown(config, _TOP_KEYS, "quantization_config")
+    _refuse_unknown(config, TOP_KEYS, "quantization_config")
     if config.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise ConfigError(
             f"quantization_config has quant_method {config['quant_method']!r}",

@@ -22,15 +22,19 @@ from qcompiler.scheme import Format, QuantSpec, Scheme, Strategy
 from qcompiler.tensors import Spec
 
 
-def layout(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, Spec]:
+def layout(
+    scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype, *, format: Format | None = None
+) -> dict[str, Spec]:
     """Every tensor written for a weight [O, I] of a model in `dtype`, by its name under the module.
 
-    Raises `LegalityError` if the group size does not divide `in_features`.
+    format: another than the scheme's own, as other writers may have chosen. Raises `LegalityError` if the group size
+    does not divide `in_features`.
     """
     spec, shape = scheme.weights, (out_features, in_features)
     scales = scale_shape(spec, *shape)
     tensors: dict[str, Spec] = {}
-    match scheme.format:
+    format = format or scheme.format
+    match format:
         case Format.PACK_QUANTIZED:
             words = packed_words(in_features, spec.bits)
             tensors["weight_packed"] = (torch.int32, (out_features, words))
@@ -44,7 +48,7 @@ def layout(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dty
     tensors["weight_scale"] = (_scale_dtype(spec, dtype), scales)
     if spec.is_nvfp4:
         tensors["weight_global_scale"] = (torch.float32, (1,))
-    if packs_zero_point(scheme):
+    if packs_zero_point(scheme, format):
         tensors["weight_zero_point"] = (torch.int32, (packed_words(out_features, spec.bits), scales[1]))
     elif not spec.symmetric:
         tensors["weight_zero_point"] = (torch.int8, scales)
@@ -56,11 +60,11 @@ def cache_scale(part: str) -> str:
     return f"{part[0]}_scale"
 
 
-def packs_zero_point(scheme: Scheme) -> bool:
+def packs_zero_point(scheme: Scheme, format: Format | None = None) -> bool:
     """Whether zero points are packed along O like the codes, not stored as int8."""
     spec = scheme.weights
     per_row = spec.strategy in (Strategy.GROUP, Strategy.CHANNEL)
-    return scheme.format is Format.PACK_QUANTIZED and per_row and not spec.symmetric
+    return (format or scheme.format) is Format.PACK_QUANTIZED and per_row and not spec.symmetric
 
 
 def _scale_dtype(spec: QuantSpec, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,150 @@
+"""A compressed-tensors checkpoint as a check reads it: config and headers at once, values in small parts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from qcompiler.checkpoints.header import TensorMeta
+from qcompiler.checkpoints.reader import CheckpointReader
+from qcompiler.emit.schema import QUANT_METHOD
+from qcompiler.errors import CheckpointError
+
+_MAX_CONFIG = 32 << 20  # bytes; the exact names of 100,000 experts take 8 MB
+_MAX_COUNTED = 4096  # layers or experts that a config may claim, whatever the files hold
+_COUNTS = re.compile(r"(num|n)_.*(layers|experts)|n_layer")
+_CHUNK = 4 << 20  # bytes of a tensor that are in memory at once
+
+PARTS = re.compile(
+    r"weight(_packed|_scale|_zero_point|_shape|_global_scale|_g_idx)?|(input|output)_(scale|zero_point|global_scale)"
+)
+"""What compressed-tensors stores under a quantized module."""
+_MARKS = ("weight_packed", "weight_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open checkpoint. `parts` are the tensors of modules, by their names on disk, then by part."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    reader: CheckpointReader
+    parts: Mapping[str, Mapping[str, TensorMeta]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read config.json and every header.
+
+        Raises `CheckpointError` where there is no compressed-tensors checkpoint, or its files are damaged or hostile.
+        """
+        config = _read_config(folder)
+        reader = CheckpointReader.open(folder)
+        try:
+            _check_counts(config, folder, len(reader.tensors))
+            parts: dict[str, dict[str, TensorMeta]] = {}
+            for key, meta in reader.tensors.items():
+                module, _, part = key.rpartition(".")
+                if PARTS.fullmatch(part):
+                    parts.setdefault(module, {})[part] = meta
+            return cls(folder, config, config["quantization_config"], reader, parts)
+        except BaseException:
+            reader.close()
+            raise
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether a module is stored with codes and scales."""
+        return any(mark in self.parts.get(module, ()) for mark in _MARKS)
+
+    def chunks(self, meta: TensorMeta) -> Iterator[Tensor]:
+        """The values of a tensor, flat, a few MiB at a time."""
+        step = _CHUNK - _CHUNK % meta.dtype.itemsize
+        for start in range(0, meta.nbytes, step):
+            data = self.reader.bytes_at(meta.key, start, step)
+            if len(data) != min(step, meta.nbytes - start):
+                raise CheckpointError(
+                    f"{meta.file}: the file ended while tensor {meta.key!r} was read",
+                    hint="do not write into a checkpoint while it is checked",
+                )
+            yield torch.frombuffer(bytearray(data), dtype=meta.dtype)
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no config.json", hint="give the folder of a compressed checkpoint")
+    size = file.stat().st_size
+    if size > _MAX_CONFIG:
+        raise CheckpointError(
+            f"{file}: a config of {size} bytes; at most {_MAX_CONFIG} are read", hint="do not trust this checkpoint"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is not JSON: {type(error).__name__}: {str(error)[:200]}", hint="download the file again"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, not a JSON object", hint="download it again")
+    quantization = config.get("quantization_config")
+    hint = f"only {QUANT_METHOD} checkpoints are checked: compile one, or see llm-compressor"
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{file} has no quantization_config: this checkpoint is not quantized", hint=hint)
+    if quantization.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        raise CheckpointError(f"{file} has quant_method {str(quantization['quant_method'])[:80]!r}", hint=hint)
+    if quantization.get("sparsity_config"):
+        raise CheckpointError(
+            f"{file} has a sparsity_config: sparse checkpoints are not read",
+            hint="loaders have dropped them too: save the model again without sparse compression",
+        )
+    _check_form(quantization, file)
+    return config
+
+
+def _check_form(quantization: Mapping[str, Any], file: Path) -> None:
+    """Raise `CheckpointError` where groups, targets or ignores are not even mappings and lists of text."""
+    groups, ignore = quantization.get("config_groups"), quantization.get("ignore")
+    targets = []
+    if isinstance(groups, dict):
+        targets = [group if isinstance(group, list) else _targets(group) for group in groups.values()]
+    lists = [*targets, ignore if ignore is not None else []]
+    if not isinstance(groups, dict) or not all(
+        isinstance(entries, list) and all(isinstance(entry, str) for entry in entries) for entries in lists
+    ):
+        raise CheckpointError(
+            f"{file}: quantization_config needs config_groups, a mapping, whose targets and whose ignore are lists of "
+            "names",
+            hint="no loader reads this: correct the file, or write the checkpoint again",
+        )
+
+
+def _targets(group: object) -> object:
+    return group.get("targets") if isinstance(group, dict) else None
+
+
+def _check_counts(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
+    """Raise `CheckpointError` for more layers or experts than there can be: building them would take forever."""
+    limit = max(tensors, _MAX_COUNTED)
+    nested = [part for part in config.values() if isinstance(part, dict)]
+    for key, value in (item for part in (config, *nested) for item in part.items()):
+        if isinstance(value, int) and value > limit and _COUNTS.fullmatch(str(key)):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} is {value}, and the files hold {tensors} tensors",
+                hint="config.json and weights are of different models: do not trust this checkpoint",
+            )

@@ -1,0 +1,220 @@
+"""`quantization_config` by itself: what its groups mean, and what loaders refuse of it before they see a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from pydantic import ValidationError
+
+from qcompiler.check.findings import ALL, MODEL, Finding
+from qcompiler.emit.schema import TOP_KEYS, parse_quantization_config, read_kv_cache
+from qcompiler.errors import ConfigError
+from qcompiler.expressions import REGEX_PREFIX, Pattern, PatternError
+from qcompiler.scheme import Format, KVCacheSpec, Scheme
+
+_ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED, Format.NVFP4)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What a config group means. `format` is the one that counts for its tensors: its own, the common one, or the
+    scheme's where neither says.
+    """
+
+    scheme: Scheme
+    format: Format
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A `quantization_config` that was read. `raw` is in the form that matchers take, without targets that no loader
+    can read; `groups` lacks those whose scheme is not known here.
+    """
+
+    raw: Mapping[str, Any]
+    groups: Mapping[str, Group]
+    kv_cache: KVCacheSpec | None
+
+
+def read_config_groups(quantization: Mapping[str, Any]) -> tuple[Config, list[Finding]]:
+    """The groups, and what is wrong with the config whatever the model is.
+
+    Raises `ConfigError` for an expression that would take forever.
+    """
+    findings = list(_top(quantization))
+    raw_groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, Group] = {}
+    for name, group in quantization["config_groups"].items():
+        written, refused = _validated(name, group)
+        targets, bad = _readable(group if isinstance(group, list) else group["targets"], f"group {name}")
+        raw_groups[name] = {**written, "targets": targets}
+        findings += [*refused, *bad]
+        if written:
+            try:
+                groups[name] = _group(name, written, quantization)
+            except ConfigError as error:
+                findings.append(_not_judged(f"group {name}", error.message))
+            else:
+                findings += _formats(name, written, groups[name], quantization)
+    kv_cache, wrong = _cache(quantization.get("kv_cache_scheme"))
+    ignore, bad = _readable(quantization.get("ignore") or [], "ignore")
+    raw = {"config_groups": raw_groups, "ignore": ignore}
+    return Config(raw, groups, kv_cache), [*findings, *wrong, *bad]
+
+
+def _top(quantization: Mapping[str, Any]) -> Iterator[Finding]:
+    status = quantization.get("quantization_status")
+    if status != "compressed":
+        yield Finding.of(
+            "not-compressed",
+            MODEL,
+            ("transformers",),
+            f"quantization_status is {str(status)[:40]!r}: Transformers builds dense linears, finds no weights for "
+            "them, and leaves them at random without an error",
+            'write "quantization_status": "compressed"',
+        )
+    if quantization.get("transform_config"):
+        yield _not_judged("transform_config", "it rotates activations, which is not looked at here")
+    for key in quantization:
+        if key not in TOP_KEYS and quantization[key]:
+            yield Finding.of("key-unknown", MODEL, (), f"loaders ignore the key {str(key)[:80]!r}", "remove it")
+    known = {str(member) for member in Format}
+    if (common := quantization.get("format")) is not None and common not in known:
+        yield _not_judged(f"format {str(common)[:80]!r}", "it is not known here, so it is read from each group")
+
+
+def _validated(name: str, group: Any) -> tuple[dict[str, Any], list[Finding]]:
+    """A group as compressed-tensors' own classes read it, with which vLLM and Transformers read it too; empty where
+    they refuse it.
+    """
+    found = []
+    if isinstance(group, list):
+        found.append(
+            _refused(f"group {name} is a preset's name and its targets: vLLM raises TypeError", "vllm", "sglang")
+        )
+    elif not group.get("weights") and not _is_attention(group):
+        found.append(_refused(f"group {name} has no weights: vLLM raises ValidationError", "vllm", "sglang"))
+    try:
+        scheme = QuantizationConfig.model_validate({"config_groups": {name: group}}).config_groups[name]
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part not in ("config_groups", "QuantizationScheme")]
+        why = f"{'.'.join(place)}: {first['msg'].removeprefix('Value error, ')}"
+        # vLLM reads the parts of a group by themselves, and does not look at other keys.
+        of_group = first["type"] == "extra_forbidden" and len(place) == 2
+        loaders = ("transformers",) if of_group else ALL
+    except Exception as error:  # its validators raise NotImplementedError, KeyError and others too
+        why, loaders = f"{name}: {type(error).__name__}: {str(error)[:200]}", ALL
+    else:
+        return scheme.model_dump(mode="json"), found
+    return {}, [*found, _refused(f"compressed-tensors refuses group {why}", *loaders)]
+
+
+def _refused(message: str, *loaders: str) -> Finding:
+    mend = "write the group out as the library does: targets, weights, input_activations, format"
+    return Finding.of("group-invalid", MODEL, loaders, message, mend)
+
+
+def _is_attention(group: Mapping[str, Any]) -> bool:
+    """A group for one attention class describes the KV cache; vLLM skips it."""
+    targets = group["targets"]
+    return len(targets) == 1 and str(targets[0]).endswith("Attention")
+
+
+def _group(name: str, written: Mapping[str, Any], quantization: Mapping[str, Any]) -> Group:
+    """Raises `ConfigError` for what this package has no scheme for."""
+    common = quantization.get("format")
+    known = common if common in {str(member) for member in Format} else None
+    (parsed,) = parse_quantization_config({"format": known, "config_groups": {name: written}}).groups
+    explicit = written.get("format") or (known if known not in ("mixed-precision", "dense") else None)
+    return Group(parsed.scheme, parsed.format if explicit else parsed.scheme.format)
+
+
+def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: Mapping[str, Any]) -> Iterator[Finding]:
+    scheme, mixed = group.scheme, quantization.get("format") == Format.MIXED_PRECISION
+    by_format = not (scheme.weights.is_nvfp4 or scheme.weights.is_mx)
+    if mixed and not written.get("format"):
+        code = "group-format-missing" if by_format else "format-untidy"
+        does = "vLLM raises NotImplementedError" if by_format else "loaders know this scheme without it"
+        yield Finding.of(
+            code,
+            MODEL,
+            ("vllm", "sglang") if by_format else (),
+            f"format is mixed-precision and group {name} ({scheme.short}) has none of its own: {does}",
+            f'write "format": "{scheme.format}" into the group',
+        )
+    elif not _vllm_takes(group):
+        yield Finding.of(
+            "format-unread",
+            MODEL,
+            ("vllm",),
+            f"group {name} is {scheme.short} in format {group.format}: vLLM raises NotImplementedError (No "
+            "compressed-tensors compatible scheme was found)",
+            f"store it as {scheme.format}",
+        )
+    args = {part: written.get(part) or {} for part in ("weights", "input_activations")}
+    if scheme.weights.is_nvfp4 and any(args[part] and not args[part].get("scale_dtype") for part in args):
+        yield Finding.of(
+            "scale-dtype-absent",
+            MODEL,
+            ("transformers",),
+            f"group {name} is NVFP4 without scale_dtype: Transformers leaves the scales of activations unrounded, "
+            "vLLM rounds them to FP8",
+            'write "scale_dtype": "torch.float8_e4m3fn" into weights and input_activations',
+        )
+    if group.format is Format.MXFP8 and not scheme.weights.is_mx:
+        yield Finding.of(
+            "scale-dtype-missing",
+            MODEL,
+            ("vllm", "transformers"),
+            f"group {name} is {group.format} without scale_dtype: vLLM does not know it as MXFP8 and raises, "
+            "Transformers multiplies by the exponents",
+            'write "scale_dtype": "torch.uint8" into weights and input_activations',
+        )
+
+
+def _vllm_takes(group: Group) -> bool:
+    """Whether `_get_scheme_from_parts` of vLLM 0.32 finds a class for a scheme in this format, on some hardware."""
+    weights, inputs, format = group.scheme.weights, group.scheme.input_activations, group.format
+    if weights.is_nvfp4 or weights.is_mx:
+        return True  # told by their numbers alone
+    if weights.type == "float":
+        return format in _ACTIVATION_FORMATS
+    if inputs is None:
+        return format is Format.PACK_QUANTIZED
+    return format is Format.PACK_QUANTIZED or (inputs.type == "int" and format in _ACTIVATION_FORMATS)
+
+
+def _cache(written: Any) -> tuple[KVCacheSpec | None, list[Finding]]:
+    if not written:
+        return None, []
+    try:
+        args = QuantizationArgs.model_validate(written).model_dump(mode="json")
+        return read_kv_cache(args, "kv_cache_scheme"), []
+    except (ConfigError, ValueError, NotImplementedError) as error:  # a ValidationError is a ValueError
+        why = error.message if isinstance(error, ConfigError) else f"kv_cache_scheme: {str(error)[:200]}"
+        message = f"{why}: loaders ignore it or raise; they take FP8, static, per tensor or attention head"
+        mend = 'write {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": false, "symmetric": true}'
+        return None, [Finding.of("cache-invalid", MODEL, ALL, message, mend)]
+
+
+def _readable(entries: list[str], where: str) -> tuple[list[str], list[Finding]]:
+    """The entries that are names or valid expressions, and findings about the others."""
+    kept, bad = [], []
+    for entry in entries:
+        try:
+            if entry.startswith(REGEX_PREFIX):
+                Pattern(entry)
+            kept.append(entry)
+        except PatternError as error:
+            message = f"{where}: {error.message}: every loader raises re.error"
+            mend = "escape what is meant literally: dots, brackets"
+            bad.append(Finding.of("target-invalid", MODEL, ALL, message, mend))
+    return kept, bad
+
+
+def _not_judged(what: str, why: str) -> Finding:
+    return Finding.of("not-judged", MODEL, (), f"{what} is not judged: {why}", "judge it in the runtime that serves it")

@@ -1,0 +1,132 @@
+"""Targets and `ignore` entries one by one: what each takes by name, which take nothing, which overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import thread_time
+
+from qcompiler.check.config import Config
+from qcompiler.check.findings import MODEL, Finding
+from qcompiler.check.linears import Linear, Linears
+from qcompiler.emit.matchers import transformers_ignores
+from qcompiler.emit.patterns import TargetList
+from qcompiler.errors import ConfigError
+from qcompiler.expressions import REGEX_PREFIX, Pattern
+
+_BUDGET = 20.0  # seconds for all expressions on all names: a thousand times what a large model takes
+
+
+class Entries:
+    """Targets with their groups, or `ignore` entries, each ready to be matched by itself."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.entries = tuple(dict.fromkeys(entries))
+        self._exact = frozenset(entry for entry in self.entries if not entry.startswith(REGEX_PREFIX))
+        self.patterns = [Pattern(entry) for entry in self.entries if entry.startswith(REGEX_PREFIX)]
+
+    def taking(self, *names: str) -> list[str]:
+        """The entries that take one of these names of a linear: equal ones, then expressions."""
+        exact = [name for name in dict.fromkeys(names) if name in self._exact]
+        return exact + [p.target for p in self.patterns if any(map(p.matches, dict.fromkeys(names)))]
+
+
+def targets_of(config: Config) -> Entries:
+    """Every target, in the config's order."""
+    return Entries(target for group in config.raw["config_groups"].values() for target in group["targets"])
+
+
+def groups_of(config: Config) -> Mapping[str, list[str]]:
+    """Target -> the groups that have it."""
+    owners: dict[str, list[str]] = {}
+    for name, group in config.raw["config_groups"].items():
+        for target in dict.fromkeys(group["targets"]):
+            owners.setdefault(target, []).append(name)
+    return owners
+
+
+def within_budget(config: Config, linears: Linears) -> None:
+    """Raise `ConfigError` where all expressions together take too long, though each alone may not."""
+    names = {name for linear in linears.linears for name in (linear.name, linear.path.name)}
+    patterns = [*targets_of(config).patterns, *Entries(config.raw["ignore"]).patterns]
+    start = thread_time()
+    for pattern in patterns:
+        for name in names:
+            pattern.matches(name)
+        if thread_time() - start > _BUDGET:
+            raise ConfigError(
+                f"{len(patterns)} expressions on {len(names)} names take longer than {_BUDGET:g} s",
+                hint="do not trust this checkpoint; loaders run these expressions without a limit",
+            )
+
+
+def unmatched(config: Config, linears: Linears, modules: frozenset[str]) -> Iterator[Finding]:
+    """Targets and ignores that match nothing. modules: the names of what runtimes fuse."""
+    names = {name for linear in linears.linears for name in (linear.name, linear.path.name)} | modules
+    parents = {parent for name in names for parent in _parents(name)}
+    idle = "no loader looks for it"
+    for target, owners in groups_of(config).items():
+        if not _takes(target, names, linears) and not target.endswith("Attention"):
+            mend = (
+                "expressions are matched from the start of a name: begin with `.*`"
+                if _is_regex(target)
+                else "remove it"
+            )
+            yield Finding.of("target-unmatched", MODEL, (), f"{owners[0]}: {target!r} matches no linear: {idle}", mend)
+    for entry in dict.fromkeys(config.raw["ignore"]):
+        if entry in parents:
+            message = f"ignore: {entry!r} is no linear but holds some: no loader ignores them for it, but SGLang 0.5.10"
+            yield Finding.of("ignore-unmatched", MODEL, (), message, "name the linears, or remove it")
+        elif not _takes(entry, names, linears):
+            yield Finding.of("ignore-unmatched", MODEL, (), f"ignore: {entry!r} matches no linear", "remove it")
+
+
+def overlaps(config: Config, linears: Sequence[Linear]) -> Iterator[Finding]:
+    """Targets of several groups that take one linear; `linears` are those on which loaders agree."""
+    targets, owners = targets_of(config), groups_of(config)
+    told: set[tuple[str, ...]] = set()
+    for linear in linears:
+        taking = targets.taking(linear.name, linear.path.name)
+        if len({owner for target in taking for owner in owners[target]}) > 1 and tuple(taking) not in told:
+            told.add(tuple(taking))
+            yield Finding.of(
+                "overlap-alike",
+                linear.name,
+                (),
+                f"{' and '.join(map(repr, taking[:4]))} of different groups take it, and all loaders choose alike",
+                "write targets that do not overlap",
+            )
+
+
+def read_differently(ignore: Entries, linear: Linear) -> list[str]:
+    """The `ignore` entries that cover a linear in some loaders and not in others."""
+    return [entry for entry in ignore.entries if _may_cover(entry, linear) and len(set(_covers(entry, linear))) > 1]
+
+
+def _may_cover(entry: str, linear: Linear) -> bool:
+    return _is_regex(entry) or entry.lower() in linear.name.lower() or entry in (linear.path.class_name, "Module")
+
+
+def _covers(entry: str, linear: Linear) -> Iterator[bool]:
+    """Whether an entry covers a linear, in vLLM, Transformers, SGLang, SGLang 0.5.10."""
+    one, site = TargetList([entry]), linear.disk
+    yield one.first(site.name) is not None
+    yield transformers_ignores(linear.path.name, (linear.path.class_name, "Linear", "Module"), one)
+    yield one.first_suffix(site.name) is not None
+    yield one.first_containing(site.name) is not None
+
+
+def _takes(entry: str, names: set[str], linears: Linears) -> bool:
+    if _is_regex(entry):
+        return any(map(Pattern(entry).matches, names))
+    if entry in names or entry == "Linear" or entry in linears.classes:
+        return True
+    return linears.guessed is not None and "." not in entry  # a class, for all that is known
+
+
+def _is_regex(entry: str) -> bool:
+    return entry.startswith(REGEX_PREFIX)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name

@@ -1,0 +1,86 @@
+"""Check a compressed-tensors checkpoint, whoever wrote it, before it is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+
+from qcompiler.arguments import check_type
+from qcompiler.check.checkpoint import Checkpoint
+from qcompiler.check.config import Config, read_config_groups
+from qcompiler.check.entries import overlaps, unmatched, within_budget
+from qcompiler.check.findings import MODEL, CheckReport, Finding, in_order
+from qcompiler.check.legal import illegal, unloadable
+from qcompiler.check.linears import Linear, Linears, find_linears
+from qcompiler.check.loaders import Comparison, Meaning, Verdicts, resolve
+from qcompiler.check.tensors import Stored
+from qcompiler.check.values import Values
+from qcompiler.checkpoints.hub import resolve_model
+from qcompiler.errors import CheckpointError, ConfigError
+from qcompiler.targets import load_target
+
+
+def check_checkpoint(
+    checkpoint: str | Path, *, target: str | None = None, trust_remote_code: bool = False
+) -> CheckReport:
+    """Find what loaders will not load, or load wrong, in a compressed-tensors checkpoint: a folder or a hub id.
+
+    Weights are not read: headers are, and the values of scales and zero points, a few MiB at a time. target: judge it
+    for one runtime on one kind of hardware; errors that concern other loaders alone become warnings.
+
+    Raises `CheckpointError` where there is no such checkpoint, or its files are damaged or hostile, and `ConfigError`
+    for an unknown target.
+    """
+    check_type("checkpoint", checkpoint, (str, Path), "a folder or a hub id")
+    check_type("target", target, (str, NoneType), "the name of a target, or None")
+    loader = load_target(target).loader if target is not None else None
+    folder = resolve_model(str(checkpoint))
+    with Checkpoint.open(folder) as opened:
+        try:
+            config, findings = read_config_groups(opened.quantization)
+            linears = find_linears(opened, trust_remote_code=trust_remote_code)
+            within_budget(config, linears)
+            values = Values(opened)
+            findings += _findings(opened, config, linears, values, target)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {error.message}", hint=error.hint) from error
+        quantized = sum(opened.is_quantized(linear.name) for linear in linears.linears)
+    judged = [finding.for_loader(loader) for finding in findings]
+    return CheckReport(folder, target, len(linears.linears), quantized, values.read, in_order(judged))
+
+
+def _findings(
+    opened: Checkpoint, config: Config, linears: Linears, values: Values, target: str | None
+) -> Iterator[Finding]:
+    if linears.guessed is not None:
+        message = f"linears are guessed from tensor names, and dense ones may be missed: {linears.guessed}"
+        yield Finding.of("not-captured", MODEL, (), message, "see above; findings about dense layers may be wrong")
+    stored = Stored(opened, config, linears)
+    verdicts = resolve(config, linears, frozenset(n for n in opened.parts if opened.is_quantized(n)))
+    comparison = Comparison(config, linears.linears, verdicts, stored.fits)
+    yield from comparison.findings()
+    modules = {v.resolution.module.name for said in verdicts.values() for v in said}
+    yield from unmatched(config, linears, frozenset(modules))
+    yield from overlaps(config, comparison.agreed)
+    for linear in linears.linears:
+        meaning = _meaning(linear, verdicts, stored)
+        yield from stored.findings(linear, meaning)
+        if opened.is_quantized(linear.name):
+            yield from values.findings(linear, meaning)
+    yield from stored.of_model()
+    for key in linears.cache_scales:
+        if config.kv_cache is not None and key in opened.reader.tensors:
+            yield from values.scale(key, key.rpartition(".")[2], opened.reader.meta(key))
+    yield from values.fused(verdicts)
+    if target is not None:
+        yield from illegal(target, config, linears, verdicts)
+    else:
+        yield from unloadable(config, linears, verdicts)
+
+
+def _meaning(linear: Linear, verdicts: Verdicts, stored: Stored) -> Meaning:
+    """What a linear's tensors are judged by: the meaning among the loaders' that they fit, else Transformers'."""
+    said = [v for v in verdicts[linear.name] if v.error is None]
+    likely = [v for v in said if stored.fits(linear, v.meaning)] or [v for v in said if v.loader == "transformers"]
+    return next((verdict.meaning for verdict in [*likely, *said]), None)

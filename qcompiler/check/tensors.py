@@ -1,0 +1,218 @@
+"""The tensors of each linear, by their headers, against the layout of what the config says they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qcompiler.check.checkpoint import Checkpoint
+from qcompiler.check.config import Config, Group
+from qcompiler.check.findings import ALL, MODEL, Finding
+from qcompiler.check.linears import Linear, Linears, stored_shape
+from qcompiler.check.loaders import Meaning
+from qcompiler.checkpoints.header import TensorMeta
+from qcompiler.checkpoints.quantized import is_dense
+from qcompiler.errors import LegalityError
+from qcompiler.formats import layout
+from qcompiler.scheme import Format, Strategy
+from qcompiler.tensors import Spec
+
+_FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+_SIZES = frozenset({torch.int64, torch.int32})
+_AGAIN = "write the checkpoint again with the tool that made it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    part: str
+    found: TensorMeta | None
+    wanted: Spec | None
+
+
+class Stored:
+    """The tensors of linears, and what is wrong with them."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, linears: Linears) -> None:
+        self._checkpoint, self._config, self._linears = checkpoint, config, linears
+
+    def fits(self, linear: Linear, meaning: Meaning) -> bool:
+        """Whether a linear's tensors are those of a meaning; true of one that is not known."""
+        if isinstance(meaning, str):
+            return True
+        if meaning is None:
+            return not self._checkpoint.is_quantized(linear.name)
+        wanted = self._wanted(linear, meaning, meaning.format)
+        return wanted is not None and not self._differences(linear, wanted)
+
+    def findings(self, linear: Linear, meaning: Meaning) -> Iterator[Finding]:
+        """What is wrong with a linear's tensors under what loaders take it for."""
+        parts, name = self._checkpoint.parts.get(linear.name, {}), linear.name
+        if isinstance(meaning, str):
+            return
+        if meaning is None:
+            yield from self._dense(name, parts)
+        elif not self._checkpoint.is_quantized(name):
+            if "weight" in parts or linear.path.kind == "experts":
+                does = (
+                    "Transformers and vLLM look for codes and scales that are not there: they raise, or run at random"
+                )
+                mend = "add it to ignore, or quantize it"
+                yield Finding.of(
+                    "stored-dense",
+                    name,
+                    ALL,
+                    f"the config says {meaning.scheme.short}, its weight is dense: {does}",
+                    mend,
+                )
+            else:
+                yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", _AGAIN)
+        else:
+            wanted = self._wanted(linear, meaning, meaning.format)
+            differences = [] if wanted is None else self._differences(linear, wanted)
+            other = self._other_format(linear, meaning) if differences else None
+            if other is not None:
+                yield Finding.of(
+                    "format-disagrees",
+                    name,
+                    ALL,
+                    f"the config says {meaning.format}, its tensors are {other}: loaders look for other tensors, and "
+                    "raise or run at random",
+                    f'write "format": "{other}" into its group',
+                )
+            else:
+                columns = self._sizes(linear)[1]
+                yield from (_told(name, meaning, difference, columns) for difference in differences)
+
+    def of_model(self) -> Iterator[Finding]:
+        """What is wrong with tensors of no linear: missing parameters, foreign tensors, scales of the KV cache."""
+        known, tensors = self._linears, self._checkpoint.reader.tensors
+        named = {linear.path.name for linear in known.linears}
+        for path in known.missing:
+            if path.rpartition(".")[0] not in named:
+                yield Finding.of("tensor-missing", path, ALL, "no file holds this parameter", _AGAIN)
+        for key in known.unknown:
+            message = "the model has no place for it: Transformers ignores it, vLLM may raise"
+            yield Finding.of("tensor-unknown", key, ("vllm",), message, "remove the tensor, or correct config.json")
+        for key, shape in known.shapes.items():
+            meta = tensors.get(key)
+            if meta is not None and meta.shape != shape and not self._checkpoint.is_quantized(key.rpartition(".")[0]):
+                message = f"it has shape {list(meta.shape)}, and the model {list(shape)}"
+                yield Finding.of("tensor-shape", key, ALL, message, "config.json and weights are of different models")
+        if self._config.kv_cache is not None:
+            yield from self._cache()
+
+    def _cache(self) -> Iterator[Finding]:
+        keys, tensors = self._linears.cache_scales, self._checkpoint.reader.tensors
+        if self._linears.guessed is not None:
+            keys = () if any(key.endswith(".k_scale") for key in tensors) else (MODEL,)
+        for key in keys:
+            if key not in tensors:
+                message = (
+                    "kv_cache_scheme is set, and this scale is missing: vLLM takes 1.0, Transformers raises or ignores"
+                )
+                mend = "calibrate the KV cache, or set kv_cache_scheme to null"
+                yield Finding.of("cache-scale-missing", key, ("vllm", "transformers", "sglang"), message, mend)
+
+    def _dense(self, name: str, parts: Mapping[str, TensorMeta]) -> Iterator[Finding]:
+        if self._checkpoint.is_quantized(name):
+            yield Finding.of(
+                "stored-quantized",
+                name,
+                ALL,
+                "it is stored quantized, and no target takes it: loaders build a dense linear, and find no weight",
+                "add it to a target, or take it out of ignore",
+            )
+        elif "weight" in parts and not is_dense(parts["weight"].dtype):
+            message = f"its weight is {_name(parts['weight'].dtype)} without scales: codes are read as weights"
+            yield Finding.of("tensor-dtype", name, ALL, message, _AGAIN)
+
+    def _wanted(self, linear: Linear, group: Group, format: Format) -> dict[str, Spec] | None:
+        """The layout; None where sizes are not known or groups do not divide, which legality tells."""
+        out, inner = self._sizes(linear)
+        if not 0 < out < 2**31 or not 0 < inner < 2**31:
+            return None
+        try:
+            return layout(group.scheme, out, inner, self._linears.dtype, format=format)
+        except LegalityError:
+            return None
+
+    def _sizes(self, linear: Linear) -> tuple[int, int]:
+        """Outputs and inputs, as the model has them or else as the tensors say; zeros where neither does."""
+        if linear.path.out_features and linear.path.in_features:
+            return linear.path.out_features, linear.path.in_features
+        return stored_shape(self._checkpoint, linear.name) or (0, 0)
+
+    def _differences(self, linear: Linear, wanted: Mapping[str, Spec]) -> list[_Difference]:
+        parts = self._checkpoint.parts.get(linear.name, {})
+        names = sorted(wanted.keys() | parts.keys())
+        all_ = (_Difference(part, parts.get(part), wanted.get(part)) for part in names)
+        return [d for d in all_ if d.found is None or d.wanted is None or not _alike(d.part, d.found, d.wanted)]
+
+    def _other_format(self, linear: Linear, group: Group) -> Format | None:
+        for format in (group.scheme.format, Format.PACK_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED):
+            integer = group.scheme.weights.type == "int"
+            if format is group.format or integer == (format is Format.FLOAT_QUANTIZED):
+                continue
+            wanted = self._wanted(linear, group, format)
+            if wanted is not None and not self._differences(linear, wanted):
+                return format
+        return None
+
+
+def _alike(part: str, found: TensorMeta, wanted: Spec) -> bool:
+    dtype, shape = wanted
+    return _same_dtype(part, found.dtype, dtype) and (found.shape == shape or (shape == (1,) and found.shape == ()))
+
+
+def _same_dtype(part: str, found: torch.dtype, wanted: torch.dtype) -> bool:
+    """Loaders copy scales into their own dtype, so any float of 16 bits or more does."""
+    if part == "weight_shape":
+        return found in _SIZES
+    return found == wanted or (wanted in _FLOATS and found in _FLOATS)
+
+
+def _told(name: str, group: Group, difference: _Difference, columns: int) -> Finding:
+    """One difference, with its cause where it is known. columns: how many inputs the weight has."""
+    part, found, wanted = difference.part, difference.found, difference.wanted
+    scheme = group.scheme
+    if found is None:
+        assert wanted is not None
+        loaders = ("transformers",) if part == "weight_shape" else ALL
+        message = f"{part} {_spec(*wanted)} is missing: {scheme.short} in {group.format} has it"
+        return Finding.of("tensor-missing", name, loaders, message, _AGAIN)
+    if wanted is None:
+        return _unexpected(name, group, part, found)
+    message = f"{part} is {_spec(found.dtype, found.shape)}, loaders expect {_spec(*wanted)}"
+    if not _same_dtype(part, found.dtype, wanted[0]):
+        return Finding.of("tensor-dtype", name, ALL, message, _AGAIN)
+    if part == "weight_scale" and scheme.weights.strategy is Strategy.CHANNEL and len(found.shape) == 1:
+        return Finding.of("scale-one-dimensional", name, ALL, f"{message}: they raise", "reshape it to [O, 1]")
+    if part == "weight_packed" and group.format is Format.PACK_QUANTIZED:
+        per_word = 32 // scheme.weights.bits
+        if 32 % scheme.weights.bits and found.shape == (wanted[1][0], -(-columns // per_word)):
+            why = f"{message}: {per_word} values to a word, as before compressed-tensors 0.18"
+            return Finding.of("words-padded", name, ALL, why, "write it again with compressed-tensors 0.18 or later")
+    return Finding.of("tensor-shape", name, ALL, message, _AGAIN)
+
+
+def _unexpected(name: str, group: Group, part: str, found: TensorMeta) -> Finding:
+    what = f"{part} {_spec(found.dtype, found.shape)}"
+    loaders = ("vllm", "sglang")
+    if part == "weight_zero_point":
+        message = f"{what}, and {group.scheme.short} is symmetric: vLLM has no parameter for it and raises"
+        return Finding.of("zero-point-unexpected", name, loaders, message, "remove it, or write symmetric: false")
+    if part == "weight_g_idx":
+        message = f"{what}: loaders no longer read an order of activations: vLLM raises, Transformers permutes nothing"
+        return Finding.of("order-tensor", name, ALL, message, 'quantize again with actorder "static" or null')
+    message = f"{what} belongs to no {group.scheme.short} in {group.format}: vLLM has no parameter for it and raises"
+    return Finding.of("tensor-unexpected", name, loaders, message, "remove it, or correct the group")
+
+
+def _spec(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{_name(dtype)} {list(shape)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

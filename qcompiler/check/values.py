@@ -1,0 +1,139 @@
+"""The values of scales and zero points, read a few MiB at a time. Weights are not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler.check.checkpoint import Checkpoint
+from qcompiler.check.config import Group
+from qcompiler.check.findings import ALL, Finding
+from qcompiler.check.linears import Linear
+from qcompiler.check.loaders import Meaning, Verdicts
+from qcompiler.checkpoints.header import TensorMeta
+from qcompiler.scheme import QuantSpec
+
+_DIVISORS = ("weight_global_scale", "input_global_scale", "input_scale")
+_SCALES = ("weight_scale", *_DIVISORS)
+_NAN_EXPONENT = 255  # of E8M0
+_MEND = "quantize this layer again"
+
+
+@dataclass(slots=True)
+class _Counts:
+    total: int = 0
+    infinite: int = 0
+    negative: int = 0
+    zero: int = 0
+
+    def add(self, values: Tensor) -> None:
+        self.total += values.numel()
+        if values.dtype == torch.uint8:  # exponents of MX
+            self.infinite += int((values == _NAN_EXPONENT).sum())
+            return
+        wide = values.float()
+        self.infinite += int((~wide.isfinite()).sum())
+        self.negative += int((wide < 0).sum())
+        self.zero += int((wide == 0).sum())
+
+
+class Values:
+    """Reads scales and zero points of a checkpoint. `read` counts the scales that were looked at."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.read = 0
+
+    def findings(self, linear: Linear, meaning: Meaning) -> Iterator[Finding]:
+        """What is wrong with the numbers of a quantized linear."""
+        parts = self._checkpoint.parts.get(linear.name, {})
+        for part in _SCALES:
+            if part in parts:
+                yield from self.scale(linear.name, part, parts[part])
+        if isinstance(meaning, Group):
+            yield from self._zero_points(linear, meaning)
+            yield from self._shape(linear)
+
+    def scale(self, layer: str, part: str, meta: TensorMeta) -> Iterator[Finding]:
+        """What is wrong with one scale."""
+        if not meta.dtype.is_floating_point and meta.dtype != torch.uint8:
+            return  # its dtype is a finding already
+        counts = _Counts()
+        for values in self._checkpoint.chunks(meta):
+            counts.add(values)
+        self.read += counts.total
+        of = f"of {counts.total} values of {part}"
+        if counts.infinite:
+            does = "every output of the layer is NaN or wrong, in every loader"
+            message = f"{counts.infinite} {of} are NaN or infinite: {does}"
+            yield Finding.of("scale-not-finite", layer, ALL, message, _MEND)
+        if counts.negative:
+            message = f"{counts.negative} {of} are negative: kernels that read scales as unsigned take other numbers"
+            yield Finding.of("scale-negative", layer, ALL, message, _MEND)
+        if counts.zero and part in _DIVISORS:
+            yield Finding.of(
+                "global-scale-zero", layer, ALL, f"{part} is zero: it is divided by, which gives NaN", _MEND
+            )
+        elif counts.zero:
+            message = f"{counts.zero} {of} are zero: these weights are read as zeros"
+            yield Finding.of("scale-zero", layer, ALL, message, "see that the dense weights were zero there")
+
+    def fused(self, verdicts: Verdicts) -> Iterator[Finding]:
+        """Scales that the shards of vLLM's fused modules must share, and do not."""
+        modules = {v.resolution.module.name: v for said in verdicts.values() for v in said if v.loader == "vllm"}
+        for name, verdict in modules.items():
+            module = verdict.resolution.module
+            if module.is_expert_block or not isinstance(verdict.meaning, Group) or len(module.sites) < 2:
+                continue
+            shards = [site.name for site in module.sites]
+            leaves, scheme = ", ".join(site.leaf for site in module.sites), verdict.meaning.scheme
+            if scheme.weights.is_nvfp4:
+                for part in ("weight_global_scale", "input_global_scale"):
+                    if self._differ(shards, part):
+                        message = f"{part} differs between {leaves}: vLLM takes the largest for all and rescales none"
+                        mend = f"quantize {leaves} with one global scale"
+                        yield Finding.of("global-scales-differ", name, ("vllm", "sglang"), message, mend)
+            inputs = scheme.input_activations
+            if inputs is not None and inputs.type == "int" and inputs.dynamic is False:
+                for part in ("input_scale", "input_zero_point"):
+                    if self._differ(shards, part):
+                        message = f"{part} differs between {leaves}: vLLM has one slot, and the last one wins"
+                        mend = f"write one {part} for {leaves}: they read the same tensor"
+                        yield Finding.of("input-scales-differ", name, ("vllm", "sglang"), message, mend)
+
+    def _differ(self, shards: Sequence[str], part: str) -> bool:
+        metas = [meta for shard in shards if (meta := self._checkpoint.parts.get(shard, {}).get(part)) is not None]
+        first = [torch.cat([*self._checkpoint.chunks(meta)])[:1].double() for meta in metas if meta.nbytes]
+        return any(not torch.equal(value, first[0]) for value in first)
+
+    def _zero_points(self, linear: Linear, group: Group) -> Iterator[Finding]:
+        parts = self._checkpoint.parts.get(linear.name, {})
+        inputs = group.scheme.input_activations
+        specs: list[tuple[str, QuantSpec | None]] = [
+            ("weight_zero_point", group.scheme.weights),
+            ("input_zero_point", inputs),
+        ]
+        for part, spec in specs:
+            meta = parts.get(part)
+            if meta is None or spec is None or meta.dtype != torch.int8:  # packed ones cannot leave their range
+                continue
+            low, high = -(1 << (spec.bits - 1)), (1 << (spec.bits - 1)) - 1
+            wrong = sum(int(((v < low) | (v > high)).sum()) for v in self._checkpoint.chunks(meta))
+            if wrong:
+                message = (
+                    f"{wrong} values of {part} are outside {low} to {high}: loaders take other numbers, or the low bits"
+                )
+                yield Finding.of("zero-point-range", linear.name, ALL, message, _MEND)
+
+    def _shape(self, linear: Linear) -> Iterator[Finding]:
+        meta = self._checkpoint.parts.get(linear.name, {}).get("weight_shape")
+        sizes = [linear.path.out_features, linear.path.in_features]
+        if meta is None or meta.shape != (2,) or not all(sizes) or linear.path.kind == "experts":
+            return
+        written = torch.cat([*self._checkpoint.chunks(meta)]).tolist()
+        if written != sizes:
+            message = f"weight_shape says {written}, and the layer is {sizes}: Transformers unpacks another matrix"
+            yield Finding.of("weight-shape-wrong", linear.name, ("transformers",), message, f"write {sizes}")
