@@ -101,7 +101,8 @@ def _validated(name: str, group: Any) -> tuple[dict[str, Any], list[Finding]]:
         scheme = QuantizationConfig.model_validate({"config_groups": {name: group}}).config_groups[name]
     except ValidationError as error:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("config_groups", "QuantizationScheme")]
+        # Pydantic also names the members of unions that it tried.
+        place = [name, *(str(part) for part in first["loc"][2:] if str(part).isidentifier() and str(part)[0].islower())]
         why = f"{'.'.join(place)}: {first['msg'].removeprefix('Value error, ')}"
         # vLLM reads the parts of a group by themselves, and does not look at other keys.
         of_group = first["type"] == "extra_forbidden" and len(place) == 2
@@ -146,6 +147,15 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             f"format is mixed-precision and group {name} ({scheme.short}) has none of its own: {does}",
             f'write "format": "{scheme.format}" into the group',
         )
+    elif group.format is Format.MXFP8 and not scheme.weights.is_mx:
+        yield Finding.of(
+            "scale-dtype-missing",
+            MODEL,
+            ("vllm", "transformers"),
+            f"group {name} is {group.format} without scale_dtype: vLLM does not know it as MXFP8 and raises, "
+            "Transformers multiplies by the exponents",
+            'write "scale_dtype": "torch.uint8" into weights and input_activations',
+        )
     elif not _vllm_takes(group):
         yield Finding.of(
             "format-unread",
@@ -164,15 +174,6 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             f"group {name} is NVFP4 without scale_dtype: Transformers leaves the scales of activations unrounded, "
             "vLLM rounds them to FP8",
             'write "scale_dtype": "torch.float8_e4m3fn" into weights and input_activations',
-        )
-    if group.format is Format.MXFP8 and not scheme.weights.is_mx:
-        yield Finding.of(
-            "scale-dtype-missing",
-            MODEL,
-            ("vllm", "transformers"),
-            f"group {name} is {group.format} without scale_dtype: vLLM does not know it as MXFP8 and raises, "
-            "Transformers multiplies by the exponents",
-            'write "scale_dtype": "torch.uint8" into weights and input_activations',
         )
 
 
@@ -194,7 +195,7 @@ def _cache(written: Any) -> tuple[KVCacheSpec | None, list[Finding]]:
     try:
         args = QuantizationArgs.model_validate(written).model_dump(mode="json")
         return read_kv_cache(args, "kv_cache_scheme"), []
-    except (ConfigError, ValueError, NotImplementedError) as error:  # a ValidationError is a ValueError
+    except Exception as error:  # the library's validators raise whatever Python raises
         why = error.message if isinstance(error, ConfigError) else f"kv_cache_scheme: {str(error)[:200]}"
         message = f"{why}: loaders ignore it or raise; they take FP8, static, per tensor or attention head"
         mend = 'write {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": false, "symmetric": true}'

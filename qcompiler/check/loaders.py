@@ -88,34 +88,37 @@ class Comparison:
         self._targets, self._owners = targets_of(config), groups_of(config)
         self._ordered = TargetList(self._targets.entries)
         self._ignore = Entries(config.raw["ignore"])
-        self._linears, self._verdicts, self._fits = linears, verdicts, fits
+        self._linears, self._verdicts, self._fits, self._groups = linears, verdicts, fits, config.groups
+        self._of = {linear.name: linear for linear in linears}
         self.agreed: list[Linear] = []
         """Linears on which all loaders agree, once `findings` has run."""
 
     def findings(self) -> Iterator[Finding]:
-        told: set[str] = set()  # modules, and raising loaders in them
+        told: set[str] = set()  # modules; codes of what is raised in them
         for linear in self._linears:
             said = self._verdicts[linear.name]
             raised = [verdict for verdict in said if verdict.error is not None]
             for verdict in raised:
-                key = f"{verdict.loader}: {verdict.resolution.module.name}"
+                finding = _raised(verdict)
+                key = f"{finding.code}: {finding.layer}"
                 if key not in told:
-                    same = [v for v in raised if v.resolution.module.name == verdict.resolution.module.name]
-                    told |= {f"{v.loader}: {v.resolution.module.name}" for v in same}
-                    yield _raised(verdict, [v.loader for v in same])
+                    told.add(key)
+                    loaders = [v.loader for v in raised if _raised(v).code == finding.code]
+                    yield replace(finding, loaders=tuple(dict.fromkeys(loaders)))
             fused = next((v for v in said if v.loader == "vllm" and len(v.resolution.module.sites) > 1), None)
             if fused is not None and fused.resolution.module.is_expert_block:
                 fused = None
             module = linear.path.expert_block or (fused.resolution.module.name if fused else linear.name)
             agreed = [verdict for verdict in said if verdict.error is None]
-            if module in told or len({verdict.meaning for verdict in agreed}) < 2:
+            misread = linear.path.expert_block and raised and not any(self._fits(linear, v.meaning) for v in agreed)
+            if module in told or (len({verdict.meaning for verdict in agreed}) < 2 and not misread):
                 if module not in told and not raised:
                     self.agreed.append(linear)
                 continue
-            finding = self._fused(fused) if fused is not None and fused.error is None else None
-            if finding is not None or linear.path.expert_block:
+            together = self._fused(fused) if fused is not None and fused.error is None else None
+            if together is not None or linear.path.expert_block:
                 told.add(module)
-            yield finding or self._disagreement(linear, agreed)
+            yield together or self._disagreement(linear, agreed)
 
     def _fused(self, fused: Verdict) -> Finding | None:
         """What is wrong with linears that vLLM fuses, where each by itself means something else."""
@@ -124,14 +127,14 @@ class Comparison:
         if fused.error is not None or all(meaning == fused.meaning for meaning in own.values()):
             return None
         alone = "; ".join(f"{leaf} {_short(meaning)}" for leaf, meaning in own.items())
-        those = [v.loader for v in self._verdicts[module.sites[0].name] if v.meaning == fused.meaning and _fuses(v)]
+        wrong = self._wrong(module)
         target = self._ordered.first(module.name)
         does = f"vLLM reads all of {module.name} as {_short(fused.meaning)}, and Transformers reads {alone}"
         if target is not None and target.startswith(REGEX_PREFIX):
             return Finding.of(
                 "fused-name-matched",
                 module.name,
-                those,
+                wrong,
                 f"{target} takes the fused name: {does}",
                 r"anchor the expression at the dot (`re:.*\.up_proj$`), and give all shards one scheme",
             )
@@ -139,11 +142,26 @@ class Comparison:
             return Finding.of(
                 "fused-shards-differ",
                 module.name,
-                those,
+                wrong,
                 f"its shards differ: {does}",
                 f"give {', '.join(own)} one scheme, and compile again",
             )
         return None
+
+    def _wrong(self, module: RuntimeModule) -> list[str]:
+        """The loaders that read a shard otherwise than it is stored; where none does, all that differ."""
+        shards = [
+            (shard, v) for site in module.sites for v in self._verdicts[site.name] if (shard := self._of[site.name])
+        ]
+        known = [(shard, verdict) for shard, verdict in shards if verdict.error is None]
+        wrong = [verdict.loader for shard, verdict in known if not self._fits(shard, verdict.meaning)]
+        return list(dict.fromkeys(wrong or [verdict.loader for _, verdict in known]))
+
+    def named(self, linear: Linear) -> Meaning:
+        """What the first target that names a linear gives it, whatever a loader makes of that."""
+        taking = self._targets.taking(linear.name, linear.path.name)
+        owner = self._owners[taking[0]][0] if taking else None
+        return None if owner is None else self._groups.get(owner, owner)
 
     def _disagreement(self, linear: Linear, said: Sequence[Verdict]) -> Finding:
         by_meaning: dict[Meaning, list[str]] = {}
@@ -200,23 +218,16 @@ class Comparison:
         return next((v.meaning for v in self._verdicts[site.name] if v.loader == "transformers"), None)
 
 
-def _raised(verdict: Verdict, loaders: Sequence[str]) -> Finding:
-    module, error = verdict.resolution.module, verdict.error or ""
+def _raised(verdict: Verdict) -> Finding:
+    name, error = verdict.resolution.module.name, verdict.error or ""
     if "Unable to find matching target" in error:
-        return Finding.of(
-            "target-missing", module.name, loaders, f"SGLang raises: {error}", f"add {module.name} to ignore"
-        )
-    if "MoE" in error:
-        mend = "give all projections of all experts of the block one scheme"
-        return Finding.of("experts-differ", module.name, loaders, f"it raises: {error}", mend)
-    shards = ", ".join(site.leaf for site in module.sites)
-    return Finding.of(
-        "shards-ignored", module.name, loaders, f"it raises: {error}", f"ignore all of {shards}, or none of them"
-    )
-
-
-def _fuses(verdict: Verdict) -> bool:
-    return len(verdict.resolution.module.sites) > 1
+        code, mend = "target-missing", f"add {name} to ignore"
+    elif "MoE" in error:
+        code, mend = "experts-differ", "give all projections of all experts of the block one scheme"
+    else:
+        leaves = ", ".join(site.leaf for site in verdict.resolution.module.sites)
+        code, mend = "shards-ignored", f"ignore all of {leaves}, or none of them"
+    return Finding.of(code, name, (verdict.loader,), f"it raises: {error}", mend)
 
 
 def _short(meaning: Meaning) -> str:

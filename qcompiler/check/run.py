@@ -64,7 +64,7 @@ def _findings(
     yield from unmatched(config, linears, frozenset(modules))
     yield from overlaps(config, comparison.agreed)
     for linear in linears.linears:
-        meaning = _meaning(linear, verdicts, stored)
+        meaning = _meaning(linear, verdicts, stored, comparison)
         yield from stored.findings(linear, meaning)
         if opened.is_quantized(linear.name):
             yield from values.findings(linear, meaning)
@@ -79,8 +79,14 @@ def _findings(
         yield from unloadable(config, linears, verdicts)
 
 
-def _meaning(linear: Linear, verdicts: Verdicts, stored: Stored) -> Meaning:
-    """What a linear's tensors are judged by: the meaning among the loaders' that they fit, else Transformers'."""
+def _meaning(linear: Linear, verdicts: Verdicts, stored: Stored, comparison: Comparison) -> Meaning:
+    """What a linear's tensors are judged by: the meaning among the loaders' that they fit, else Transformers'.
+
+    Experts have one group in Transformers, whatever their names: there the config's own words count.
+    """
     said = [v for v in verdicts[linear.name] if v.error is None]
-    likely = [v for v in said if stored.fits(linear, v.meaning)] or [v for v in said if v.loader == "transformers"]
+    likely = [v for v in said if stored.fits(linear, v.meaning)]
+    if not likely and linear.path.kind == "experts":
+        return comparison.named(linear)
+    likely += [v for v in said if v.loader == "transformers"]
     return next((verdict.meaning for verdict in [*likely, *said]), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,7 +55,7 @@ def render(report: CheckReport) -> str:
             f"  {first.message}",
             f"  mend: {first.mend}",
         ]
-    counts = ", ".join(f"{len(found)} {severity}s" for severity, found in _counted(report) if found) or "no findings"
+    counts = ", ".join(_counts(report)) or "no findings"
     judged = f"for {report.target}" if report.target else "for vLLM, Transformers and SGLang"
     lines.append(
         f"{report.checkpoint}: {counts}; {report.quantized} of {report.linears} linears are quantized, "
@@ -63,10 +64,11 @@ def render(report: CheckReport) -> str:
     return "\n".join(lines)
 
 
-def _counted(report: CheckReport) -> list[tuple[str, list[Finding]]]:
-    from qcompiler.check import Severity
-
-    return [(str(severity), report.of(severity)) for severity in Severity]
+def _counts(report: CheckReport) -> Iterator[str]:
+    for severity, plural in (("error", "errors"), ("warning", "warnings"), ("info", "infos")):
+        count = sum(finding.severity == severity for finding in report.findings)
+        if count:
+            yield f"{count} {severity if count == 1 else plural}"
 
 
 def _folded(findings: tuple[Finding, ...]) -> list[list[Finding]]:

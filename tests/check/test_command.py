@@ -1,0 +1,100 @@
+"""`qcompiler check` as people and CI use it: text, JSON, exit codes, targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qcompiler
+from qcompiler.check import KINDS, Severity
+from qcompiler.errors import ConfigError
+from tests.check.checkpoints import DOWN, GATE, UP
+from tests.check.conftest import Base
+from tests.check.traps import gate_symmetric_and_up_asymmetric, linear_takes_the_head
+from tests.cli.conftest import Refuse
+
+Run = Callable[..., Any]
+
+
+def test_a_sound_checkpoint_ends_with_0(base: Base, tmp_path: Path, run: Run) -> None:
+    ran = run("check", base("channel").write(tmp_path / "sound"))
+    assert ran.code == 0
+    assert "7 of 8 linears are quantized" in ran.out
+    assert ran.err == ""
+
+
+def test_an_error_ends_with_1_and_is_told_with_its_mend(base: Base, tmp_path: Path, run: Run) -> None:
+    edited = base("packed")
+    gate_symmetric_and_up_asymmetric(edited)
+    ran = run("check", edited.write(tmp_path / "broken"))
+    assert ran.code == 1
+    lines = ran.out.splitlines()
+    assert lines[0] == "error: fused-shards-differ: model.layers.0.mlp.gate_up_proj [vllm, sglang, sglang 0.5.10]"
+    assert "w:int4/g16/asym" in lines[1]
+    assert lines[2] == "  mend: give gate_proj, up_proj one scheme, and compile again"
+    assert "1 error, " in lines[-1]
+
+
+def test_json_is_for_ci(base: Base, tmp_path: Path, run: Run) -> None:
+    edited = base("packed")
+    linear_takes_the_head(edited)
+    ran = run("check", edited.write(tmp_path / "broken"), "--json")
+    assert ran.code == 1
+    data = json.loads(ran.out)
+    assert (data["ok"], data["linears"], data["quantized"], data["target"]) == (False, 8, 7, None)
+    assert {finding["code"] for finding in data["findings"]} <= KINDS.keys()
+    first = data["findings"][0]
+    assert first["severity"] == "error"
+    assert first["code"] == "head-by-class"
+    assert first["layer"] == "lm_head"
+    assert first["loaders"] == ["transformers"]
+
+
+def test_findings_that_differ_in_their_layer_are_told_together(base: Base, tmp_path: Path, run: Run) -> None:
+    edited = base("packed")
+    for name in (GATE, UP, DOWN):
+        edited.change(f"{name}.weight_scale", lambda scale: scale * float("nan"))
+    ran = run("check", edited.write(tmp_path / "broken"))
+    assert sum(line.startswith("error: ") for line in ran.out.splitlines()) == 1
+    assert f"error: scale-not-finite: {GATE}, {UP}, {DOWN} [" in ran.out
+    assert "3 errors" in ran.out.splitlines()[-1]
+
+
+def test_a_target_judges_schemes_and_shapes(base: Base, tmp_path: Path, run: Run) -> None:
+    edited = base("nvfp4")
+    folder = edited.write(tmp_path / "checkpoint")
+    assert run("check", folder).code == 0
+    ran = run("check", folder, "--target", "vllm-cpu", "--json")
+    assert ran.code == 1
+    errors = [finding for finding in json.loads(ran.out)["findings"] if finding["severity"] == "error"]
+    assert {finding["code"] for finding in errors} == {"illegal"}
+    assert any("NVFP4" in finding["message"] and finding["layer"] == DOWN for finding in errors)
+
+
+def test_for_a_target_what_concerns_other_loaders_is_a_warning(base: Base, tmp_path: Path) -> None:
+    edited = base("channel")
+    edited.group()["targets"] = ["Linear"]
+    edited.quantization["ignore"] = []
+    folder = edited.write(tmp_path / "checkpoint")
+    assert list(qcompiler.check_checkpoint(folder).codes()) == ["head-by-class"]
+    report = qcompiler.check_checkpoint(folder, target="vllm-sm90")
+    assert report.ok
+    assert [f.code for f in report.of(Severity.WARNING)] == ["head-by-class"]
+    assert not qcompiler.check_checkpoint(folder, target="transformers").ok
+
+
+def test_an_unknown_target_is_refused_with_near_names(base: Base, tmp_path: Path, refuse: Refuse) -> None:
+    folder = base("packed").write(tmp_path / "checkpoint")
+    refuse("check", folder, "--target", "vllm-sm9", says=["unknown target 'vllm-sm9'", "vllm-sm90"])
+    with pytest.raises(ConfigError):
+        qcompiler.check_checkpoint(folder, target="vllm")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, model: Path, refuse: Refuse) -> None:
+    refuse("check", tmp_path / "nowhere", says=["nowhere"])
+    refuse("check", tmp_path, says=["no config.json"])
+    refuse("check", model, says=["no quantization_config: this checkpoint is not quantized"])
