@@ -106,6 +106,7 @@ LAZY = {
     "qcompiler/cli/__init__.py",
     "qcompiler/cli/check.py",
     "qcompiler/cli/commands.py",
+    "qcompiler/cli/inspect.py",
     "qcompiler/cli/streams.py",
     "qcompiler/pipeline/registry.py",
 }

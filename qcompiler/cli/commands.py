@@ -10,6 +10,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompiler.cli.check import check
+from qcompiler.cli.inspect import inspect
+from qcompiler.cli.options import (
+    ConfigNameOption,
+    DtypeOption,
+    IndependentOption,
+    JsonOption,
+    LeavesOption,
+    Model,
+    PipelineOption,
+    PrintAfterOption,
+    PrintPipelineOption,
+    RevisionOption,
+    TargetOption,
+    TextColumnOption,
+    TrustOption,
+)
 from qcompiler.cli.streams import print_json, print_result, progress_bar, quiet_libraries
 from qcompiler.errors import QCompilerError
 from qcompiler.requirements import check_transformers
@@ -67,35 +83,6 @@ def _options(
 ) -> None:
     # Typer shows the help of the application itself; this function only holds its options.
     return None
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with config.json, or a hub id.")]
-PipelineOption = Annotated[
-    str,
-    typer.Option("--pipeline", "-p", metavar="NAME", help="A packaged pipeline's name, a YAML file, or a recipe."),
-]
-TargetOption = Annotated[
-    str | None, typer.Option("--target", "-t", metavar="NAME", help="Runtime and hardware, e.g. vllm-sm90.")
-]
-DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bfloat16, float16 or float32.")]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")
-]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that the model brings.")]
-PrintPipelineOption = Annotated[bool, typer.Option("--print-pipeline", help="First print the pipeline as YAML.")]
-ConfigNameOption = Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.")]
-TextColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text, or the chat.")]
-IndependentOption = Annotated[
-    bool, typer.Option("--independent", help="Give each algorithm that the rules name a run of its own over the data.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-PrintAfterOption = Annotated[
-    list[str] | None,
-    typer.Option("--print-after", metavar="PASS", help="Print the graph after this pass. May be repeated."),
-]
-LeavesOption = Annotated[
-    bool, typer.Option("--leaves", help="Of that graph, print layers and inserted operations alone.")
-]
 
 
 @app.command()
@@ -273,6 +260,7 @@ def verify(
 
 
 app.command()(check)
+app.command()(inspect)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from qcompiler.ir.ops import OPS, fake_quantize, observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.printer import Printer
 from qcompiler.lowering.sites import sites
+from qcompiler.patterns.nearest import nearest_at
 from qcompiler.patterns.vocabulary import source as source_of
 from qcompiler.report import LayerRow
 from qcompiler.targets import MODEL, Target, Violation, check, kernel
@@ -49,7 +51,25 @@ def build_nodes(
 ) -> tuple[Node, ...]:
     """Every node of the graph. `rows` and `verdicts` are by module path, and may lack any."""
     part_of = {node: part.name for part in partitions(graph) for node in part.nodes}
-    return tuple(_node(node, printer, part_of.get(node), rows, verdicts) for node in graph.nodes)
+    near = _nearest(graph)
+    return tuple(
+        _node(node, printer, part_of.get(node), rows, verdicts).model_copy(update={"nearest": near.get(node)})
+        for node in graph.nodes
+    )
+
+
+def _nearest(graph: Graph) -> dict[fx.Node, str]:
+    """What each linear of a layer nearly is, where no structure was found for it; layers that are alike, once."""
+    told: dict[str, str] = {}
+    found: dict[fx.Node, str] = {}
+    for node, leaf in graph.linears():
+        role = get(node, Role)
+        if role is not None and role.structure is None and role.layer is not None:
+            kind = re.sub(r"\.\d+\.", ".*.", leaf.path)
+            if kind not in told:
+                told[kind] = nearest_at(graph, node)
+            found[node] = told[kind]
+    return found
 
 
 def _node(

@@ -5,7 +5,8 @@ It is frozen, has a version, and is equal after a trip through JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -93,7 +94,8 @@ class Node(_Data):
     `name` is what the printed IR calls it, `inputs` the names of the nodes it reads, `shape` that of its value (`B` and
     `S` where it depends on batch and sequence). `kind` is that of a leaf (`linear`, `norm`, ...), else `operation`,
     `inserted` (by a pass), `input`, `attribute` or `output`. `weight_shape` is [out, in] of a linear. `bytes` are what
-    a linear or a block of experts takes on disk, None for nodes that are not listed. `decided`: a rule or an ignore
+    a linear or a block of experts takes on disk, None for nodes that are not listed. `nearest`: what a linear without
+    a structure nearly is. `decided`: a rule or an ignore
     spoke; the scheme may still be None, for dense. `observes` is the statistic that an `observe` node collects,
     `observers` are those collected for a linear. `annotations` has every annotation as passes left it, by its type.
     """
@@ -111,6 +113,7 @@ class Node(_Data):
     parameters: int | None = None
     weight_shape: tuple[int, int] | None = None
     structure: str | None = None
+    nearest: str | None = None
     layer: int | None = None
     input_group: str | None = None
     fusion_group: str | None = None
@@ -206,13 +209,18 @@ class Document(_Data):
         return {node.name: node for node in self.nodes}
 
     @cached_property
-    def listed(self) -> tuple[Node, ...]:
-        """Linears and blocks of experts, each module once, in the order in which they run."""
+    def leaves(self) -> tuple[Node, ...]:
+        """The modules of the graph, each once, in the order in which they run."""
         found: dict[str, Node] = {}
         for node in self.nodes:
-            if node.path is not None and node.kind in LISTED_KINDS:
+            if node.path is not None:
                 found.setdefault(node.path, node)
         return tuple(found.values())
+
+    @cached_property
+    def listed(self) -> tuple[Node, ...]:
+        """Linears and blocks of experts: what holds weights that a rule could mean."""
+        return tuple(node for node in self.leaves if node.kind in LISTED_KINDS)
 
     @cached_property
     def readers(self) -> dict[str, tuple[str, ...]]:
@@ -228,17 +236,27 @@ class Document(_Data):
         wanted = name.removeprefix("%")
         for node in self._aliases(wanted):
             return node
-        known = dict.fromkeys(
-            [path for node in self.nodes if (path := node.path) is not None] + [node.name for node in self.nodes]
-        )
-        inside = [path for path in known if wanted and (path.endswith(f".{wanted}") or f".{wanted}." in f".{path}.")]
+        paths = dict.fromkeys(node.path for node in self.nodes if node.path is not None)
+        known = dict.fromkeys([*paths, *(node.name for node in self.nodes)])
+        inside = [path for path in paths if wanted and f".{wanted}." in f".{path}."]
         if inside:
             shown = ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if inside[3:] else "")
-            raise ConfigError(f"{name!r} is not one node's whole name; it is part of {shown}", hint=f"say {inside[0]}")
+            raise ConfigError(
+                f"{name!r} is not one module's whole path; it is part of {shown}", hint=f"say {inside[0]}"
+            )
         raise ConfigError(
-            f"the graph has no node {name!r}{did_you_mean(wanted, known)}",
+            f"the graph has no node {name!r}{did_you_mean(wanted, known) or self._near_end(wanted, paths)}",
             hint="give a module's path or a node's name, as `qcompiler inspect --full` lists them",
         )
+
+    def _near_end(self, wanted: str, paths: Iterable[str]) -> str:
+        """Near names among the ends of paths, as whole paths: the first of those that end alike."""
+        depth = wanted.count(".") + 1
+        ends: dict[str, str] = {}
+        for path in paths:
+            ends.setdefault(".".join(path.split(".")[-depth:]), path)
+        near = [ends[end] for end in get_close_matches(wanted, ends, n=2, cutoff=0.6)]
+        return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
     def _aliases(self, wanted: str) -> Iterator[Node]:
         yield from (node for node in self.nodes if node.path == wanted)

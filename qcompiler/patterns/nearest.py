@@ -77,14 +77,14 @@ def unplaced(graph: Graph) -> list[str]:
     notes = []
     for members in kinds.values():
         node, leaf = members[0]
-        because = need(node, Role).because if calls[leaf.path] > 1 else f"nearest: {_nearest_at(graph, node)}"
+        because = need(node, Role).because if calls[leaf.path] > 1 else f"nearest: {nearest_at(graph, node)}"
         paths = dict.fromkeys(leaf.path for _, leaf in members)
         more = f" and {len(paths) - 1} more like it" if len(paths) > 1 else ""
         notes.append(f"no structure was found for {leaf.path}{more}: rules can select it by name only; {because}")
     return notes
 
 
-def _nearest_at(graph: Graph, linear: Node) -> str:
+def nearest_at(graph: Graph, linear: Node) -> str:
     """What a linear nearly is: an MLP's output itself, or part of an attention of its layer that was not found."""
     found = MLP.try_at(linear)
     if isinstance(found, Match):

@@ -1,0 +1,189 @@
+"""Why a node is what it is: the rules that were weighed, what it belongs to, what a runtime says, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from pydantic import JsonValue
+from rich.text import Text
+
+from qcompiler.inspection.columns import Cell, Column, laid_out
+from qcompiler.inspection.document import LISTED_KINDS, Candidate, Document, Group, Node
+from qcompiler.inspection.text import Styles, because, scheme_word, shape_word
+from qcompiler.show import human
+
+_SHOWN = 6
+_WORDS: dict[str, str] = {"decides": "bold green", "overridden": "yellow", "hidden": "yellow", "missed": "dim"}
+_RULES = (Column("rule"), Column("selects"), Column("would make it"), Column("outcome"))
+
+
+def explain_lines(document: Document, name: str, width: int) -> list[Text]:
+    """Everything that is known of the node `name`. Raises `ConfigError` with near names where there is none."""
+    node = document.find(name)
+    lines = [_title(node), *_decided(document, node)]
+    if node.candidates:
+        lines += [_field("rules", "")]
+        lines += laid_out(_RULES, [_rule(candidate) for candidate in node.candidates], width, indent=4)
+    elif node.kind in LISTED_KINDS and document.pipeline is not None:
+        lines.append(_field("rules", "none means it, and none misses it by one key alone"))
+    lines += [_field(word, text, style) for word, text, style in (*_dataflow(document, node), *_groups(document, node))]
+    lines += [_field(word, text, style) for word, text, style in (*_verdict(document, node), *_cost(node))]
+    return lines
+
+
+def _title(node: Node) -> Text:
+    line = Text(node.path or f"%{node.name}", style="bold")
+    facts = [f"%{node.name}" if node.path else "", node.class_name or node.op, shape_word(node)]
+    facts += [f"layer {node.layer}" if node.layer is not None else node.partition or ""]
+    return line.append(f"  {', '.join(filter(None, facts))}", style="not bold dim")
+
+
+def _decided(document: Document, node: Node) -> Iterator[Text]:
+    if node.kind in LISTED_KINDS:
+        style = Styles(document.listed).of(node)
+        how = f" by {node.algorithm}" if node.algorithm else ""
+        how += f", run {node.run}" if node.run not in (None, 1) else ""
+        stored = f", stored as {node.format}" if node.format else ""
+        undecided = "undecided: no rule has spoken, and it stays dense" if not node.decided else ""
+        yield _field("becomes", undecided or f"{scheme_word(node)}{how}{stored}", style)
+        if node.because:
+            yield _field("because", because(node))
+    if node.path is not None and (role := node.annotations.get("Role")) is not None:
+        if node.structure is not None:
+            yield _field("structure", f"{node.structure}: {role.get('because')}")
+        elif node.kind in LISTED_KINDS:
+            yield _field("structure", f"none: rules can select it by name only; {node.nearest or role.get('because')}")
+
+
+def _rule(candidate: Candidate) -> list[Cell]:
+    outcome = candidate.outcome if candidate.outcome != "missed" else "misses it, by"
+    words = f"{outcome} {candidate.because}".strip()
+    style = _WORDS[candidate.outcome]
+    return [Cell(candidate.who), Cell(candidate.selects), Cell(candidate.becomes), Cell(words, style)]
+
+
+_Line = tuple[str, str, str]
+
+
+def _dataflow(document: Document, node: Node) -> Iterator[_Line]:
+    by_name = document.by_name
+    reads = [_shaped(by_name[name]) for name in node.inputs]
+    if reads:
+        made = _named(_nearest(node, {n.name: n.inputs for n in document.nodes}, by_name))
+        yield "reads", ", ".join(reads) + (f"; made by {made}" if made else ""), ""
+    readers = document.readers.get(node.name, ())
+    if readers:
+        led = _named(_nearest(node, document.readers, by_name))
+        yield "read by", _some([_shaped(by_name[name]) for name in readers]) + (f"; leads to {led}" if led else ""), ""
+    if node.observes is not None:
+        group = next((g for g in document.groups if g.kind == "observer" and g.id == node.observes), None)
+        for_whom = [by_name[m].path or m for m in group.members if by_name[m].path] if group else []
+        yield "collects", f"{node.observes}, for {_some(for_whom)}; {because(node)}", ""
+
+
+def _nearest(node: Node, edges: Mapping[str, Sequence[str]], by_name: Mapping[str, Node]) -> list[Node]:
+    """The nearest modules along `edges`."""
+    found: dict[str, Node] = {}
+    seen: set[str] = set()
+    todo = list(edges.get(node.name, ()))
+    while todo:
+        name = todo.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        if by_name[name].path is not None:
+            found[name] = by_name[name]
+        else:
+            todo.extend(edges.get(name, ()))
+    return list(found.values())
+
+
+def _groups(document: Document, node: Node) -> Iterator[_Line]:
+    by_name = document.by_name
+    for group in document.groups:
+        others = [by_name[name].path or name for name in group.members if name != node.name]
+        mine = node.name in group.members
+        if group.kind == "input" and mine:
+            alone = f"{group.id}: reads %{group.producer}" + (f" with {_some(others)}" if others else " alone")
+            yield "input group", alone, ""
+        elif group.kind == "fusion" and mine:
+            yield "fused with", f"{_some(others)} ({group.id}): runtimes need one scheme for all", ""
+        elif group.kind == "rescale" and mine:
+            yield "rescaled", f"{group.words}; {_pair(group, by_name)}", ""
+        elif group.kind == "rescale" and group.producer == node.name:
+            yield "rescales", f"{group.words}; {_pair(group, by_name)}", ""
+        elif group.kind == "observer" and mine and node.path is not None:
+            kind = group.details.get("kind", group.details.get("what", ""))
+            stands = [name for name in group.members if by_name[name].path is None]
+            yield (
+                "observed",
+                f"{group.id}{f', {kind}' if kind else ''}, at {_some([f'%{name}' for name in stands])}",
+                "",
+            )
+
+
+def _pair(group: Group, by_name: Mapping[str, Node]) -> str:
+    """Who gives the scale to whom, and which parameters that changes."""
+    consumers = [by_name[name].path or name for name in group.members]
+    producer = by_name[group.producer].path if group.producer is not None else None
+    asked = _texts(group.details.get("asked"))
+    only = f", asked for by {_some(asked)}" if len(asked) < len(consumers) else ""
+    return f"{producer or group.producer} is divided by the scale, {_some(consumers)} multiplied{only}"
+
+
+def _texts(value: JsonValue) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _verdict(document: Document, node: Node) -> Iterator[_Line]:
+    if node.verdict is None:
+        if node.kind in LISTED_KINDS and document.target is None:
+            yield "target", "none was asked: --target names one", "dim"
+        return
+    if node.verdict.legal:
+        kernel = f", by kernel {node.verdict.kernel}" if node.verdict.kernel else ""
+        yield "target", f"{document.target} loads it{kernel}", ""
+    for problem in node.verdict.problems:
+        yield "target", problem, "bold red"
+    for mend in node.verdict.mends:
+        yield "mend", mend, ""
+
+
+def _cost(node: Node) -> Iterator[_Line]:
+    if node.bytes is not None and node.dense_bytes is not None:
+        ratio = f", {node.dense_bytes / node.bytes:.2f} times smaller" if node.bytes else ""
+        bits = f", {node.bits_per_weight:.2f} bits per weight" if node.bits_per_weight is not None else ""
+        yield "bytes", f"{human(node.bytes)} of {human(node.dense_bytes)} dense{ratio}{bits}", ""
+    found = node.measures
+    if found is None:
+        return
+    if found.error is not None:
+        yield "error", f"{found.error:.3e} of the weight's square", ""
+    if found.output_error is not None:
+        nearest = found.nearest_output_error
+        share = f" ({found.output_error / nearest:.0%} of rounding to nearest)" if nearest else ""
+        yield "output error", f"{found.output_error:.3e} of the output's square{share}", ""
+    if found.transform_gain is not None:
+        ratio = f", exponent {found.ratio:g}" if found.ratio is not None else ""
+        yield "transform", f"{node.transform}: output error {found.transform_gain:.0%} of that without{ratio}", ""
+    if found.damping is not None:
+        dead = f", {found.dead_columns} inputs are always zero" if found.dead_columns else ""
+        yield "solver", f"{node.solver}: damping {found.damping:g} of the mean diagonal{dead}", ""
+
+
+def _shaped(node: Node) -> str:
+    shape = f" [{','.join(node.shape)}]" if node.shape is not None else ""
+    return f"%{node.name}{shape}"
+
+
+def _named(nodes: Sequence[Node]) -> str:
+    return _some([str(node.path) for node in nodes]) if nodes else ""
+
+
+def _some(words: Sequence[str]) -> str:
+    more = len(words) - _SHOWN
+    return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _field(word: str, text: str, style: str = "") -> Text:
+    return Text(f"  {word:<13}").append(text, style=style or None)
