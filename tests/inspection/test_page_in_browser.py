@@ -166,11 +166,13 @@ def test_the_drawing_zooms_and_is_walked_by_keys(show: Show) -> None:
     page.press("ArrowDown")
     page.press("ArrowRight")
     assert focused(page).startswith("self_attn.v_proj")
-    before = page.run("document.querySelector('g.box').getBoundingClientRect().width")
+    scale = "document.querySelector('#drawing > g').transform.baseVal.consolidate().matrix.a"
     page.press("+")
-    assert page.run("document.querySelector('g.box').getBoundingClientRect().width") == pytest.approx(1.3 * before)
+    assert page.run(scale) == pytest.approx(1.3)
+    page.click("g.box[aria-label^=post_norm]")  # its details take room from the drawing, not its place
+    assert page.run(scale) == pytest.approx(1.3)
     page.press("0")
-    assert page.run("document.querySelector('g.box').getBoundingClientRect().width") == pytest.approx(before)
+    assert page.run(scale) == 1
 
 
 def test_names_made_to_break_out_are_shown_and_run_nothing(show: Show) -> None:
@@ -277,15 +279,20 @@ SECONDS_OF_A_SEARCH = """
 """
 
 
+def _first_paint(page: Browser) -> float:
+    """Seconds from loading the page again until its first paint."""
+    page.open(str(page.run("location.href")))
+    page.wait("performance.getEntriesByName('first-contentful-paint').length === 1")
+    return float(page.run("performance.getEntriesByName('first-contentful-paint')[0].startTime")) / 1000
+
+
 @pytest.mark.parametrize(("layers", "experts"), [(126, 0), (48, 128)])
 def test_a_large_model_is_painted_within_a_second_and_searched_in_a_tenth(
     show: Show, layers: int, experts: int
 ) -> None:
-    document = decoder(layers, experts=experts)
-    page = show(document)
-    page.wait("performance.getEntriesByName('first-contentful-paint').length === 1")
-    assert page.run("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 1000
+    page = show(decoder(layers, experts=experts))
     # The best of three: the machine has other work.
+    assert min(_first_paint(page) for _ in range(3)) < 1.0
     assert min(page.run(SECONDS_OF_A_SEARCH) for _ in range(3)) < 0.1
     assert text(page, "#count") == f"{layers * max(experts, 1):,} nodes, the first 50 listed"
     page.click("#grid tbody td:nth-of-type(7)")

@@ -74,7 +74,8 @@ class Details {
 
   list(rows) {
     const list = h('dl');
-    for (const [name, value] of rows) list.append(h('dt', {}, name.replaceAll('_', ' ')), h('dd', {}, said(name, value)));
+    const flat = rows.flatMap(([name, value]) => (name === 'scheme' ? Object.entries(value) : [[name, value]]));
+    for (const [name, value] of flat) list.append(h('dt', {}, name.replaceAll('_', ' ')), h('dd', {}, said(name, value)));
     return list;
   }
 

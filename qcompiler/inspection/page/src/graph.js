@@ -167,6 +167,24 @@ function inOrder(layout, boxes, edges) {
   }
 }
 
+/** Turns the drawing over where more of it would then run from left to right as it is computed. */
+function leftToRight(layout, boxes) {
+  const width = layout.graph().width;
+  let turned = 0;
+  for (const [place, box] of boxes.entries()) {
+    for (const later of boxes.slice(place + 1)) {
+      const [a, b] = [layout.node(String(box.key)), layout.node(String(later.key))];
+      if (Math.abs(a.y - b.y) < a.height) turned += Math.sign(a.x - b.x);
+    }
+  }
+  if (turned <= 0) return;
+  for (const key of layout.nodes()) layout.node(key).x = width - layout.node(key).x;
+  for (const edge of layout.edges()) {
+    const line = layout.edge(edge);
+    line.points = line.points.map(({x, y}) => ({x: width - x, y}));
+  }
+}
+
 /** Draws a block into an SVG with layout by dagre, zoom by d3. */
 class Drawing {
   constructor(model, svg, {onOpen}) {
@@ -181,8 +199,11 @@ class Drawing {
       .filter((event) => (event.type === 'wheel' ? event.ctrlKey || event.metaKey : !event.button))
       .on('zoom', (event) => this.canvas.attr('transform', event.transform));
     this.svg.call(this.zoom).on('dblclick.zoom', null);
-    new ResizeObserver(() => this.fit()).observe(svg);
-    window.addEventListener('beforeprint', () => this.frame(0, 0));
+    new ResizeObserver(() => this.frame()).observe(svg);
+    window.addEventListener('beforeprint', () => {
+      this.fit();
+      this.frame({width: 0, height: 0});
+    });
     window.addEventListener('afterprint', () => this.fit());
     svg.addEventListener('keydown', (event) => this.moved(event));
   }
@@ -196,6 +217,7 @@ class Drawing {
     if (boxes.length > MOST) return false;
     const layout = this.lay(boxes, edges, block.groups());
     this.size = layout.graph();
+    leftToRight(layout, boxes);
     inOrder(layout, boxes, edges);
     const clusters = layout.nodes().filter((key) => layout.children(key).length).map((key) => layout.node(key));
     this.drawClusters(clusters);
@@ -311,16 +333,15 @@ class Drawing {
 
   /** All of it in view, its text no larger than the page's. */
   fit() {
-    const {width, height} = this.svg.node().getBoundingClientRect();
-    if (width) this.frame(width, height);
+    this.frame();
+    this.svg.call(this.zoom.transform, d3.zoomIdentity);
   }
 
   /** The view's own size is that of the drawing, or larger; the browser scales it to the room there is. */
-  frame(width, height) {
+  frame({width, height} = this.svg.node().getBoundingClientRect()) {
     if (!this.size) return;
     const [across, down] = [Math.max(width, this.size.width), Math.max(height, this.size.height)];
-    const left = (this.size.width - across) / 2;
-    this.svg.attr('viewBox', [left, (this.size.height - down) / 2, across, down].map(Math.round).join(' '));
-    this.svg.call(this.zoom.transform, d3.zoomIdentity);
+    const [left, above] = [(this.size.width - across) / 2, (this.size.height - down) / 2];
+    this.svg.attr('viewBox', [left, above, across, down].map(Math.round).join(' '));
   }
 }
