@@ -142,8 +142,13 @@ class SolveStep(PartitionStep):
         """Fold what the linears of this run are transformed by, in the order in which the producers run."""
         quants = {need(node, Leaf).path: quant for node, quant in todo}
 
-        def nearest(path: str, weight: Tensor) -> QuantizedTensor:
-            return self._nearest(path, weight, quants[path], None, None)
+        fused: dict[str, list[str]] = {}
+        for nodes in _sharing(todo):
+            paths = [need(node, Leaf).path for node in nodes]
+            fused |= dict.fromkeys(paths, paths)
+
+        def nearest(path: str, weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
+            return self._nearest(path, weight, quants[path], global_scale, None)
 
         for rescale in rescales(work.partition.nodes):
             asked = tuple(path for path in rescale.asked if path in quants)
@@ -151,7 +156,7 @@ class SolveStep(PartitionStep):
                 continue
             start = perf_counter()
             try:
-                result = transform(replace(rescale, asked=asked), work, quants, measured, nearest)
+                result = transform(replace(rescale, asked=asked), work, quants, measured, nearest, fused=fused)
             except ValueError as error:
                 raise DataError(
                     f"{', '.join(asked)} cannot be transformed by {rescale.transform.name}: {error}",
@@ -259,15 +264,20 @@ class SolveStep(PartitionStep):
             row.seconds = (row.seconds or 0.0) + seconds / len(result.rescale.asked)
 
 
-def _global_scales(todo: list[Item], weights: Mapping[str, Tensor]) -> dict[Node, Tensor]:
-    """NVFP4's global scale of each linear, one for all members of a fusion group: runtimes do not rescale."""
+def _sharing(todo: Sequence[Item]) -> Iterable[list[Node]]:
+    """The linears of NVFP4 weights, those together that share a global scale."""
     groups: dict[object, list[Node]] = {}
     for node, quant in todo:
         assert quant.scheme is not None
         if quant.scheme.weights.is_nvfp4:
             groups.setdefault(need(node, Role).fusion_group or node, []).append(node)
+    return groups.values()
+
+
+def _global_scales(todo: list[Item], weights: Mapping[str, Tensor]) -> dict[Node, Tensor]:
+    """NVFP4's global scale of each linear, one for all members of a fusion group: runtimes do not rescale."""
     found: dict[Node, Tensor] = {}
-    for nodes in groups.values():
+    for nodes in _sharing(todo):
         amax = torch.stack([weight_amax(weights[f"{need(n, Leaf).path}.weight"]) for n in nodes]).max()
         found |= dict.fromkeys(nodes, nvfp4_global_scale(amax))
     return found

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qcompiler.ir.annotations import Quant, Rescale
-from qcompiler.numerics import QuantizedTensor, multiplied_out
+from qcompiler.numerics import QuantizedTensor, multiplied_out, nvfp4_global_scale, weight_amax
 from qcompiler.pipeline.base import PartitionWork
 from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.scheme import QuantSpec
-from qcompiler.transforms.awq import search
+from qcompiler.transforms.awq import rescaled, search
 from qcompiler.transforms.fold import fold
 from qcompiler.transforms.options import AwqOptions
 from qcompiler.transforms.smoothquant import smoothing_scale
 
-Nearest = Callable[[str, Tensor], QuantizedTensor]
-"""A linear's weight [O, I], by the linear's path, rounded to nearest as its scheme says."""
+Nearest = Callable[[str, Tensor, Tensor | None], QuantizedTensor]
+"""A linear's weight [O, I], by the linear's path, rounded to nearest; NVFP4's by this global scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,28 @@ class Measured:
 
 
 def transform(
-    rescale: Rescale, work: PartitionWork, quants: Mapping[str, Quant], measured: Measured, nearest: Nearest
+    rescale: Rescale,
+    work: PartitionWork,
+    quants: Mapping[str, Quant],
+    measured: Measured,
+    nearest: Nearest,
+    *,
+    fused: Mapping[str, Sequence[str]],
 ) -> Transformed:
     """Choose the scale of one site and fold it into `work.weights`; `measured` becomes what it is of rescaled inputs.
 
-    `quants` are those of the linears in `rescale.asked`. Raises `ValueError` where inputs are not finite.
+    `quants` are those of the linears in `rescale.asked`; `fused`: of linears that share NVFP4's global scale, by path,
+    all that share it. Raises `ValueError` where inputs are not finite.
     """
+
+    def rounded(which: int, weight: Tensor, scale: Tensor) -> Tensor:
+        path = rescale.asked[which]
+        shared = {f"{other}.weight": work.weights[f"{other}.weight"] for other in fused.get(path, ())}
+        shared |= {name: rescaled(shared[name], scale) for name in rescale.weights if name in shared}
+        amaxes = [weight_amax(member) for member in shared.values()]
+        global_scale = nvfp4_global_scale(torch.stack(amaxes).max()) if amaxes else None
+        return multiplied_out(nearest(path, weight, global_scale))
+
     weights = [work.weights[f"{path}.weight"] for path in rescale.asked]
     channel = measured.channels[rescale.asked[0]]
     ties = rescale.channels.to(weights[0].device) if rescale.tied else None
@@ -66,7 +83,7 @@ def transform(
             weights,
             channel.mean_abs(),
             measured.hessians[rescale.asked[0]].value(),
-            lambda which, weight: multiplied_out(nearest(rescale.asked[which], weight)),
+            rounded,
             rescale.transform,
             specs=[_weights_of(quants[path]) for path in rescale.asked],
             ties=ties,

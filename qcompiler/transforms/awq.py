@@ -27,8 +27,8 @@ from qcompiler.transforms.ties import tied_mean
 _SMALLEST = 1e-4  # of a scale before it is normalized, and added to the weights' part: as in AutoAWQ
 _ROWS = 512
 
-Quantize = Callable[[int, Tensor], Tensor]
-"""(which weight, the weight scaled [O, I]) to the same, rounded: float32 or the weight's dtype."""
+Quantize = Callable[[int, Tensor, Tensor], Tensor]
+"""(which weight, the weight scaled [O, I], the scale [I]) to that weight, rounded: float32 or the weight's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,16 @@ def _scale(candidate: Candidate, activations: Tensor, magnitudes: Tensor | None)
     return torch.where(alive, scale / (low * high).sqrt(), 1.0)
 
 
+def rescaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight [O, I] once its producer gave it `scale` (float32 [I]), rounded once to its dtype."""
+    return (weight.float() * scale).to(weight.dtype)
+
+
 def _output_error(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, quantize: Quantize, limit: float) -> float:
     """The error under `scale`; from `limit` on, some number that is not below it."""
     total = 0.0
     for which, weight in enumerate(weights):
-        scaled = (weight.float() * scale).to(weight.dtype)
-        difference = quantize(which, scaled).float().div_(scale).sub_(weight)
+        difference = quantize(which, rescaled(weight, scale), scale).float().div_(scale).sub_(weight)
         for start in range(0, len(difference), _ROWS):
             total += quadratic_form(difference[start : start + _ROWS], hessian)
             if total >= limit:

@@ -41,7 +41,7 @@ def searched(
         weights,
         inputs.abs().mean(0),
         inputs.T @ inputs,
-        lambda _, weight: rounded(weight, spec),
+        lambda _, weight, scale: rounded(weight, spec),
         options or AwqOptions(),
         specs=[spec] * len(weights),
         ties=ties,
@@ -109,7 +109,7 @@ def test_a_scale_is_never_worse_than_none(name: str, seed: int, duo: bool) -> No
 def test_what_cannot_be_improved_is_left_alone() -> None:
     weights, inputs = data(8)
     choice = search(
-        weights, inputs.abs().mean(0), inputs.T @ inputs, lambda _, weight: weight, AwqOptions(), specs=[INT4]
+        weights, inputs.abs().mean(0), inputs.T @ inputs, lambda _, weight, scale: weight, AwqOptions(), specs=[INT4]
     )
     assert choice.candidate is None
     assert torch.equal(choice.scale, torch.ones(96))
