@@ -5,6 +5,9 @@ Transformers runs the library's `forward_quantize`, so equal arithmetic here mea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,8 @@ from qcompiler.numerics.scales import mx_exponent, scale_value
 from qcompiler.scheme import QuantSpec, Strategy
 
 _FP8_ZERO_SCALE = 0.125  # what the library puts for an NVFP4 group scale that rounds to zero
+_CPU_ELEMENTS = 2**20  # as many as are worked on at once: their float32 copies stay in the cache
+_DEVICE_ELEMENTS = 2**24  # launches cost more than memory traffic
 
 
 def fake_quantize(
@@ -38,7 +43,6 @@ def fake_quantize(
         return x
     if spec.is_nvfp4 and global_scale is None:
         raise ConfigError(f"{spec.short} activations need a global scale", hint="calibrate first")
-    values = _grouped(x, spec)
     if spec.dynamic is False:
         if scale is None or (zero_point is None and not spec.symmetric):
             raise ConfigError(
@@ -46,18 +50,43 @@ def fake_quantize(
             )
         # Loaders cast static scales to the dtype of the model.
         scale = scale.to(x.dtype)
-    else:
-        scale, zero_point = _dynamic_qparams(values, spec, global_scale)
+    elif spec.strategy is Strategy.TENSOR:
+        scale, zero_point = _dynamic_qparams(x, spec, global_scale)
+    out = torch.empty_like(x)
+    for tokens in _slices(x):
+        part = _grouped(x[tokens], spec)
+        # A token's scales, or its groups', are its own.
+        own = (scale, zero_point) if scale is not None else _dynamic_qparams(part, spec, global_scale)
+        out[tokens] = _on_grid(part, spec, *own, global_scale).reshape(x[tokens].shape)
+    return out
+
+
+def _slices(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    """What cuts `x` into a few tokens each: what is computed on the way to the result stays small, and in the cache."""
+    if x.dim() < 2:
+        yield (...,)
+        return
+    budget = _CPU_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS
+    count = x.shape[-2]
+    step = max(1, budget * count // x.numel())
+    for start in range(0, count, step):
+        yield (..., slice(start, start + step), slice(None))
+
+
+def _on_grid(
+    values: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None
+) -> Tensor:
+    """Quantize and dequantize by scales that broadcast against `values`, in their common dtype."""
     if global_scale is not None:
         scale = scale / global_scale
     scaled = values / scale
     if zero_point is not None:
-        scaled += zero_point.to(x.dtype)
+        scaled += zero_point.to(values.dtype)
     low, high = code_range(spec)
     rounded = round_to_values(scaled.clamp_(low, high), spec)
     if zero_point is not None:
         rounded -= zero_point.to(scale.dtype)
-    return rounded.mul_(scale).reshape(x.shape).to(x.dtype)
+    return rounded.mul_(scale)
 
 
 def _grouped(x: Tensor, spec: QuantSpec) -> Tensor:

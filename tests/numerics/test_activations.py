@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as library_fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor
+from torch.profiler import profile
 
 from qcompiler.errors import ConfigError, LegalityError
 from qcompiler.numerics import fake_quantize, nvfp4_global_scale, static_qparams
@@ -131,3 +132,32 @@ def test_what_calibration_did_not_provide_is_an_error() -> None:
 def test_a_group_size_that_does_not_divide_the_features_is_an_error() -> None:
     with pytest.raises(LegalityError, match="100 features are not divisible by group_size 32"):
         fake_quantize(torch.ones(1, 2, 100), DYNAMIC["int8/g32/dynamic"])
+
+
+@pytest.mark.parametrize("spec", DYNAMIC.values(), ids=lambda spec: spec.short)
+def test_many_tokens_are_rounded_as_each_alone(spec: QuantSpec) -> None:
+    x = sample(torch.bfloat16, (2, 1100, 1024))  # more than what is worked on at once
+    x[1] *= 3
+    global_scale = torch.full((1,), 20.0) if spec.is_nvfp4 else None
+    found = fake_quantize(x, spec, global_scale=global_scale)
+    if spec.strategy is Strategy.TENSOR:  # one scale for all: the library's
+        scale, zero = compute_dynamic_scales_and_zp(x, library_args(spec), torch.nn.Module())
+        assert torch.equal(found, library_fake_quantize(x, scale, zero, library_args(spec)))
+        return
+    for token in (0, 1, 1023, 1024, 1099):
+        alone = fake_quantize(x[1:, token : token + 1], spec, global_scale=global_scale)
+        assert torch.equal(found[1:, token : token + 1], alone)
+
+
+def test_memory_beyond_the_result_does_not_grow_with_the_tokens() -> None:
+    spec = QuantSpec(type="float", bits=8, strategy=Strategy.TENSOR)
+    scale = torch.full((1,), 0.01)
+
+    def largest(tokens: int) -> int:
+        x = torch.ones(1, tokens, 1024, dtype=torch.bfloat16)
+        with profile(profile_memory=True) as seen:
+            fake_quantize(x, spec, scale=scale)
+        sizes = sorted(int(event.cpu_memory_usage) for event in seen.events() if event.name == "[memory]")
+        return sizes[-2]  # the last is the result
+
+    assert largest(8192) == largest(4096) < 8 << 20
