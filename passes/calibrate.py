@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from qcompiler import select
 from qcompiler.data import CalibrationSpec
 from qcompiler.errors import ConfigError, RuleError, did_you_mean
-from qcompiler.ir.annotations import ChannelObserver, HessianObserver, Leaf, Role, get_quant, need, observed, set_quant
+from qcompiler.ir.annotations import InputObserver, Leaf, Role, get_quant, need, observed, set_quant
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.observers import observers
@@ -128,7 +128,7 @@ def _check_fusion(graph: Graph) -> None:
 def _check_measured(nodes: list[Node]) -> None:
     """Before anything runs: scales by importance need to know the inputs of every linear."""
     for node in nodes:
-        if not any(isinstance(observer, HessianObserver | ChannelObserver) for observer in observers(node)):
+        if not any(isinstance(observer, InputObserver) for observer in observers(node)):
             raise ConfigError(
                 f"calibrate: scales: importance weighs errors by how large inputs are, and nothing measures those of "
                 f"{need(node, Leaf).path}",

@@ -149,31 +149,31 @@ class Observer:
 
 
 @dataclass(frozen=True, slots=True)
-class HessianObserver:
-    """X^T X of what passes where an `observe` node stands, for the solvers of the modules in `consumers`.
+class InputObserver:
+    """What to collect of the inputs of the modules in `consumers`, where an `observe` node stands.
 
     `id` names the statistic: nodes that share an id share it.
     """
 
-    what: ClassVar[str] = "hessian"
+    what: ClassVar[str]
 
     id: str
     consumers: tuple[str, ...]
     because: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelObserver:
-    """What each channel of the passing tensor is like (mean square, mean magnitude, range), for `consumers`.
+class HessianObserver(InputObserver):
+    """X^T X."""
 
-    `id` names the statistic: nodes that share an id share it.
-    """
+    __slots__ = ()
+    what = "hessian"
 
-    what: ClassVar[str] = "channels"
 
-    id: str
-    consumers: tuple[str, ...]
-    because: tuple[str, ...]
+class ChannelObserver(InputObserver):
+    """What each channel is like: mean square, mean magnitude, range."""
+
+    __slots__ = ()
+    what = "channels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class Rescale:
     because: tuple[str, ...]
 
 
-AnyObserver = Observer | HessianObserver | ChannelObserver
+AnyObserver = Observer | InputObserver
 Annotation = TypeVar(
     "Annotation", Leaf, Scope, Role, Quant, Considered, Observer, HessianObserver, ChannelObserver, Rescale
 )

@@ -62,14 +62,22 @@ def without(node: fx.Node, *kinds: type) -> None:
     node.meta["qcompiler"] = {kind: fact for kind, fact in node.meta["qcompiler"].items() if kind not in kinds}
 
 
+def changed(node: fx.Node, kind: type[Any], /, *, like: fx.Node | None = None, **said: Any) -> fx.Node:
+    """Annotate a node with what it has of a kind, or `like` has, but for what is `said`."""
+    annotate(node, replace(need(like or node, kind), **said), replacing=get(node, kind))
+    return node
+
+
 def requant(node: fx.Node, quant: Quant) -> fx.Node:
     set_quant(node, quant, replacing=get_quant(node))
     return node
 
 
-def reobserve(node: fx.Node, observer: Observer) -> fx.Node:
-    annotate(node, observer, replacing=get(node, Observer))
-    return node
+def erase(graph: Graph, *nodes: fx.Node) -> None:
+    """Take nodes out that pass on what they read."""
+    for node in nodes:
+        node.replace_all_uses_with(node.args[0])
+        graph.fx.erase_node(node)
 
 
 def again(graph: Graph, node: fx.Node) -> fx.Node:

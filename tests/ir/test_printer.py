@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from qcompiler.ir.annotations import Leaf, Observer, get, need
+from qcompiler.ir.annotations import Leaf, Observer, get
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import OPS
 from qcompiler.ir.printer import Printer, print_graph, print_leaves
 from tests.capture.models import captured
 from tests.conftest import Golden
-from tests.ir.graphs import leaf, legal, op, reobserve
+from tests.ir.graphs import changed, leaf, legal, op
 from tests.passes.models import block, copied
 
 ATEN = torch.ops.aten
@@ -53,7 +52,7 @@ def test_an_observer_reads_as_what_it_measures_for_whom() -> None:
     )
     clipped = copied(graph)
     node = next(node for node in clipped.nodes if node.target is OPS["observe"])
-    reobserve(node, replace(need(node, Observer), kind="percentile", percentile=99.5))
+    changed(node, Observer, kind="percentile", percentile=99.5)
     assert "  percentile 99.5 of input for fp8/tensor  " in line(clipped, node)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import fx
 
-from qcompiler.ir.annotations import Quant, need
+from qcompiler.ir.annotations import Quant
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import fake_quantize, fake_quantize_cache, observe
-from tests.ir.graphs import insert, leaf, requant
+from tests.ir.graphs import changed, erase, insert, leaf, requant
 from tests.ir.violations.case import DENSE, DOWN, GATE, HEAD, LAYER, NORM, OUT, K, Q, breaks
 
 
@@ -20,7 +18,7 @@ def an_observer_is_left(graph: Graph) -> fx.Node:
 
 @breaks("linears-lowered", "a linear with a scheme was not lowered", module=f"(module {HEAD})")
 def a_linear_is_left(graph: Graph) -> fx.Node:
-    return requant(leaf(graph, HEAD), replace(need(leaf(graph, OUT), Quant), because=("test",)))
+    return changed(leaf(graph, HEAD), Quant, like=leaf(graph, OUT), because=("test",))
 
 
 @breaks("names-layer", "it does not name the layer whose numbers it uses", module=f"(module {DOWN})")
@@ -85,8 +83,5 @@ def a_cache_is_rounded_that_is_not_quantized(graph: Graph) -> fx.Node:
 
 @breaks("cache-rounded", "the KV cache is quantized, but nothing rounds keys and values", module="")
 def nothing_rounds_a_quantized_cache(graph: Graph) -> fx.Node:
-    for node in graph.nodes:
-        if node.target is fake_quantize_cache:
-            node.replace_all_uses_with(node.args[0])
-            graph.fx.erase_node(node)
+    erase(graph, *(node for node in graph.nodes if node.target is fake_quantize_cache))
     return graph.nodes[-1]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import fx
 
-from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, annotate, need
+from qcompiler.ir.annotations import Leaf, LeafKind, Observer, Quant, Role, need
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import observe
 from qcompiler.scheme import QuantSpec, Strategy, preset
-from tests.ir.graphs import again, insert, leaf, observers, op, reobserve, requant
+from tests.ir.graphs import again, changed, erase, insert, leaf, observers, op
 from tests.ir.violations.case import ACTIVATION, DOWN, GATE, LAYER, NORM, OUT, K, Q, breaks
 
 
@@ -20,9 +18,7 @@ from tests.ir.violations.case import ACTIVATION, DOWN, GATE, LAYER, NORM, OUT, K
     module=f"(module {DOWN})",
 )
 def a_conv1d_has_a_scheme(graph: Graph) -> fx.Node:
-    node = leaf(graph, DOWN)
-    annotate(node, replace(need(node, Leaf), kind=LeafKind.CONV1D), replacing=need(node, Leaf))
-    return node
+    return changed(leaf(graph, DOWN), Leaf, kind=LeafKind.CONV1D)
 
 
 @breaks("observe-annotated", "an observe node does not say what it collects", module=f"(in module {GATE})")
@@ -33,7 +29,7 @@ def an_observer_collects_nothing(graph: Graph) -> fx.Node:
 
 @breaks("observe-annotated", "an Observer annotation stands on a node that observes nothing", module=ACTIVATION)
 def an_activation_claims_to_observe(graph: Graph) -> fx.Node:
-    return reobserve(op(graph, "silu"), replace(need(observers(graph, "input")[0], Observer), id="test"))
+    return changed(op(graph, "silu"), Observer, like=observers(graph, "input")[0], id="test")
 
 
 @breaks(
@@ -42,16 +38,14 @@ def an_activation_claims_to_observe(graph: Graph) -> fx.Node:
     module=f"(in module {LAYER}.self_attn)",
 )
 def a_global_scale_of_least_error_is_asked_for(graph: Graph) -> fx.Node:
-    node, spec = observers(graph, "key")[0], preset("NVFP4").input_activations
-    assert spec is not None
-    return reobserve(node, replace(need(node, Observer), kind="mse", spec=spec))
+    return changed(observers(graph, "key")[0], Observer, kind="mse", spec=preset("NVFP4").input_activations)
 
 
 @breaks("observe-reads-tensor", "it observes something that is no tensor", module=f"(in module {Q})")
 def a_size_is_observed(graph: Graph) -> fx.Node:
     size = next(node for node in graph.nodes if node.name.startswith("sym_size"))
     node = insert(graph, observe, size, like=leaf(graph, Q))
-    return reobserve(node, replace(need(observers(graph, "input")[0], Observer), id="test"))
+    return changed(node, Observer, like=observers(graph, "input")[0], id="test")
 
 
 NOT_OBSERVED = "its input scale must be measured on data, and no observer stands before it"
@@ -67,8 +61,7 @@ def a_static_input_is_not_observed(graph: Graph) -> fx.Node:
 @breaks("statistics-observed", NOT_OBSERVED, module=f"(module {OUT})")
 def an_observer_works_for_others(graph: Graph) -> fx.Node:
     node = leaf(graph, OUT)
-    before = need(node.args[0], Observer)
-    reobserve(node.args[0], replace(before, consumers=(DOWN,)))
+    changed(node.args[0], Observer, consumers=(DOWN,))
     return node
 
 
@@ -79,8 +72,7 @@ def an_observer_works_for_others(graph: Graph) -> fx.Node:
 )
 def an_observer_measures_for_other_numbers(graph: Graph) -> fx.Node:
     node = leaf(graph, OUT)
-    before = need(node.args[0], Observer)
-    reobserve(node.args[0], replace(before, spec=QuantSpec(bits=8, strategy=Strategy.TENSOR)))
+    changed(node.args[0], Observer, spec=QuantSpec(bits=8, strategy=Strategy.TENSOR))
     return node
 
 
@@ -94,7 +86,7 @@ def linears_of_one_input_are_observed_apart(graph: Graph) -> fx.Node:
     node = leaf(graph, K)
     shared = node.args[0]
     node.args = (insert(graph, observe, shared.args[0], like=node),)
-    reobserve(node.args[0], replace(need(shared, Observer), id="alone"))
+    changed(node.args[0], Observer, like=shared, id="alone")
     return node
 
 
@@ -105,10 +97,9 @@ def linears_of_one_input_are_observed_apart(graph: Graph) -> fx.Node:
 )
 def calls_of_one_module_are_observed_apart(graph: Graph) -> fx.Node:
     first = leaf(graph, OUT)
-    node = again(graph, first)
-    annotate(node, replace(need(node, Role), input_group="test"), replacing=need(node, Role))
+    node = changed(again(graph, first), Role, input_group="test")
     node.args = (insert(graph, observe, leaf(graph, NORM), like=node),)
-    reobserve(node.args[0], replace(need(first.args[0], Observer), id="alone"))
+    changed(node.args[0], Observer, like=first.args[0], id="alone")
     return node
 
 
@@ -119,8 +110,7 @@ def calls_of_one_module_are_observed_apart(graph: Graph) -> fx.Node:
 )
 def one_statistic_is_taken_in_two_ways(graph: Graph) -> fx.Node:
     first, second = observers(graph, "input")[:2]
-    taken = need(first, Observer).id
-    return reobserve(second, replace(need(second, Observer), id=taken, kind="percentile"))
+    return changed(second, Observer, id=need(first, Observer).id, kind="percentile")
 
 
 @breaks(
@@ -130,14 +120,12 @@ def one_statistic_is_taken_in_two_ways(graph: Graph) -> fx.Node:
 )
 def one_statistic_has_two_percentiles(graph: Graph) -> fx.Node:
     first, second = observers(graph, "key")[:2]
-    return reobserve(second, replace(need(second, Observer), id=need(first, Observer).id, percentile=99.0))
+    return changed(second, Observer, id=need(first, Observer).id, percentile=99.0)
 
 
 @breaks("cache-observed", "the KV cache is quantized, but no keys and values are observed", module="")
 def a_quantized_cache_is_not_observed(graph: Graph) -> fx.Node:
-    for node in (*observers(graph, "key"), *observers(graph, "value")):
-        node.replace_all_uses_with(node.args[0])
-        graph.fx.erase_node(node)
+    erase(graph, *observers(graph, "key"), *observers(graph, "value"))
     return graph.nodes[-1]
 
 
@@ -147,9 +135,7 @@ def a_quantized_cache_is_not_observed(graph: Graph) -> fx.Node:
     module=f"(in module {LAYER}.self_attn)",
 )
 def keys_are_observed_without_values(graph: Graph) -> fx.Node:
-    value = observers(graph, "value")[0]
-    value.replace_all_uses_with(value.args[0])
-    graph.fx.erase_node(value)
+    erase(graph, observers(graph, "value")[0])
     return observers(graph, "key")[0]
 
 
@@ -159,5 +145,4 @@ def keys_are_observed_without_values(graph: Graph) -> fx.Node:
     module=f"(module {DOWN})",
 )
 def a_solver_has_no_hessian(graph: Graph) -> fx.Node:
-    node = leaf(graph, DOWN)
-    return requant(node, replace(need(node, Quant), solver="gptq"))
+    return changed(leaf(graph, DOWN), Quant, solver="gptq")

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import fx
 
-from qcompiler.ir.annotations import Quant, need
+from qcompiler.ir.annotations import Quant
 from qcompiler.ir.graph import Graph
-from tests.ir.graphs import again, leaf, requant
+from tests.ir.graphs import again, changed, leaf, requant
 from tests.ir.violations.case import DENSE, HEAD, NORM, OTHER_WEIGHTS, OUT, K, breaks
 
 
@@ -19,14 +19,12 @@ def a_norm_has_a_scheme(graph: Graph) -> fx.Node:
 
 @breaks("quant-has-because", "it does not say which pass and rule decided its scheme", module=f"(module {OUT})")
 def a_scheme_has_no_reason(graph: Graph) -> fx.Node:
-    node = leaf(graph, OUT)
-    return requant(node, replace(need(node, Quant), because=()))
+    return changed(leaf(graph, OUT), Quant, because=())
 
 
 @breaks("quant-has-solver", "it has a scheme, but no solver that rounds its weight", module=f"(module {OUT})")
 def a_scheme_has_no_solver(graph: Graph) -> fx.Node:
-    node = leaf(graph, OUT)
-    return requant(node, replace(need(node, Quant), solver="none"))
+    return changed(leaf(graph, OUT), Quant, solver="none")
 
 
 @breaks("quant-has-solver", "it stays dense, but solver 'rtn' is to round its weight", module=f"(module {HEAD})")
@@ -40,8 +38,7 @@ def a_dense_linear_has_a_solver(graph: Graph) -> fx.Node:
     module=f"(module {OUT})",
 )
 def a_module_runs_twice_under_two_schemes(graph: Graph) -> fx.Node:
-    node = again(graph, leaf(graph, OUT))
-    return requant(node, replace(need(node, Quant), scheme=OTHER_WEIGHTS))
+    return changed(again(graph, leaf(graph, OUT)), Quant, scheme=OTHER_WEIGHTS)
 
 
 @breaks(
@@ -50,5 +47,4 @@ def a_module_runs_twice_under_two_schemes(graph: Graph) -> fx.Node:
     module=f"(module {K})",
 )
 def fused_linears_have_two_schemes(graph: Graph) -> fx.Node:
-    node = leaf(graph, K)
-    return requant(node, replace(need(node, Quant), scheme=OTHER_WEIGHTS))
+    return changed(leaf(graph, K), Quant, scheme=OTHER_WEIGHTS)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import fx
 
-from qcompiler.ir.annotations import Leaf, Role, annotate, need
+from qcompiler.ir.annotations import Leaf, Role, annotate
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.ops import observe
-from tests.ir.graphs import insert, leaf, op, requant, without
+from tests.ir.graphs import changed, insert, leaf, op, requant, without
 from tests.ir.violations.case import ACTIVATION, DENSE, DOWN, HEAD, NORM, Q, breaks
 
 
@@ -91,8 +89,7 @@ def an_operation_has_a_scheme(graph: Graph) -> fx.Node:
 
 @breaks("module-exists", "the model has no module 'model.gone'", module="(module model.gone)")
 def a_module_is_gone(graph: Graph) -> fx.Node:
-    node = leaf(graph, NORM)
-    annotate(node, replace(need(node, Leaf), path="model.gone"), replacing=need(node, Leaf))
+    node = changed(leaf(graph, NORM), Leaf, path="model.gone")
     node.target = "model.gone"
     return node
 
