@@ -279,11 +279,11 @@ class Drawing {
       .attr('transform', ({x, y, width, height}) => `translate(${x - width / 2},${y - height / 2})`)
       .attr('role', 'button')
       .attr('tabindex', (_, place) => (place ? -1 : 0))
-      .attr('aria-label', ({lines}) => lines.join(', '))
+      .attr('aria-label', ({lines}) => lines.join(' '))
       .on('click', (event, box) => this.open(event.currentTarget, box));
     drawn.append('rect').attr('width', ({width}) => width).attr('height', ({height}) => height).attr('rx', 6);
     drawn.append('rect').attr('class', 'stripe').attr('width', 5).attr('height', ({height}) => height).attr('rx', 2);
-    drawn.append('text').attr('class', 'name').attr('x', 14).attr('y', 19).text(({lines}) => lines[0]);
+    drawn.append('text').attr('class', 'name').attr('x', 14).attr('y', 19).text(({lines}) => `${lines[0]} `);
     drawn.append('text').attr('class', 'scheme').attr('x', 14).attr('y', 36).text(({lines}) => lines[1] ?? '');
     drawn.append('title').text((box) => box.nodes.slice(0, 3).map((node) => this.model.label(node)).join('\n'));
     this.boxes = drawn;
