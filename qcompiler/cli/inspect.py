@@ -48,6 +48,9 @@ def inspect(
     export: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the graph to a .json, .graphml or .dot file.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one self-contained page for a browser.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every node; in a tree, every layer.")] = False,
     target: TargetOption = None,
     dtype: DtypeOption = "auto",
@@ -60,10 +63,14 @@ def inspect(
 
     Layers that are alike are shown once. No weight is read.
     """
-    _check_together(tree=tree, explain=explain is not None, diff=diff is not None, export=export is not None)
+    _check_together(
+        tree=tree, explain=explain is not None, diff=diff is not None, export=export is not None, html=html is not None
+    )
     _check_useless(full, explain is not None or diff is not None, after, pipeline, diff is not None, json, tree)
+    if (full or json) and (export or html):
+        raise typer.BadParameter("it is for what is printed, not for files", param_hint="--full" if full else "--json")
 
-    from qcompiler.inspection.export import writer_of
+    from qcompiler.inspection.export import check_place, writer_of
     from qcompiler.inspection.read import Options
 
     options = Options(target, dtype, revision, trust_remote_code, independent)
@@ -74,6 +81,8 @@ def inspect(
         raise typer.BadParameter("it is missing: only --diff of two folders needs none", param_hint="MODEL")
     if export is not None:
         writer_of(export)  # before the model is read
+    if html is not None:
+        check_place(html)
 
     from qcompiler.inspection.read import read
 
@@ -81,6 +90,12 @@ def inspect(
     if export is not None:
         writer_of(export)(document, export)
         print(f"wrote {export}: {len(document.nodes)} nodes")
+        return
+    if html is not None:
+        from qcompiler.inspection.page import write_page
+
+        write_page(document, html)
+        print(f"wrote {html}: {len(document.nodes)} nodes")
         return
     if json:
         print(document.find(explain).model_dump_json(indent=2) if explain else document.as_json(), end="")

@@ -83,10 +83,15 @@ def writer_of(file: Path) -> Callable[[Document, Path], None]:
         raise ConfigError(
             f"no export is called {file.suffix or file.name!r}{near}", hint=f"end it in {', '.join(_WRITERS)}"
         )
+    check_place(file)
+    return _WRITERS[file.suffix]
+
+
+def check_place(file: Path) -> None:
+    """Raises `ConfigError` where a file of this name cannot be made."""
     if file.is_dir() or not file.absolute().parent.is_dir():
         wrong = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise ConfigError(f"{file} cannot be written: {wrong}", hint="choose another file")
-    return _WRITERS[file.suffix]
 
 
 def _write_json(document: Document, file: Path) -> None:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from qcompiler.cli.commands import app
+from qcompiler.errors import ConfigError
 from qcompiler.inspection.document import Document, LedgerEntry
-from qcompiler.inspection.page import render_page
+from qcompiler.inspection.page import render_page, write_page
 from qcompiler.inspection.page.data import column_of, page_data
 from tests.inspection.documents import decoder
 
@@ -124,7 +127,7 @@ def test_every_node_comes_out_of_the_data_as_it_went_in() -> None:
         facts |= facts.pop("measures", {})
         facts = {name: float(f"{fact:.6g}") if isinstance(fact, float) else fact for name, fact in facts.items()}
         row["inputs"] = [document.nodes[place].name for place in row["inputs"]]
-        derived = {"weighted", "alike", "short", "column"}
+        derived = {"weighted", "alike", "where_because", "short", "column"}
         facts["inputs"] = sorted(facts.get("inputs", []), key=[other.name for other in document.nodes].index)
         assert {name: fact for name, fact in row.items() if fact is not None and name not in derived} == facts
 
@@ -157,6 +160,23 @@ def test_a_document_with_only_nodes_has_a_page() -> None:
     page = render_page(Document.model_validate(bare))
     assert "No pipeline ran" in page
     assert "Nothing is known of bytes" in page
+
+
+def test_the_command_writes_the_page_of_what_it_is_given(tmp_path: Path) -> None:
+    document = decoder(1)
+    export, page = tmp_path / "graph.json", tmp_path / "page.html"
+    export.write_text(document.as_json(), encoding="utf-8")
+    done = CliRunner().invoke(app, ["inspect", str(export), "--html", str(page)])
+    assert done.exit_code == 0, done.output
+    assert page.read_text(encoding="utf-8") == render_page(document)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", "no/such/model", "--html", str(tmp_path / "nowhere" / "page.html")])
+    assert isinstance(done.exception, ConfigError)
+    assert "there is no folder" in done.exception.message
+    with pytest.raises(ConfigError, match=r"cannot be written: Is a directory"):
+        write_page(decoder(1), tmp_path)
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(126, 0), (48, 128)])

@@ -60,7 +60,13 @@ def test_a_click_on_a_weight_tells_why_it_is_as_it_is(show: Show) -> None:
     page.click(cell(2, 7))
     told = text(page, "#details")
     assert "model.layers.1.mlp.down_proj" in told
-    for fact in ("w:int8/g128", "assign: rule 1", "loads, with kernel wna16", "64.00 KiB (65,536 bytes)", "l1.mlp.mul"):
+    for fact in (
+        "w:int8/g128",
+        "assign: rule 1",
+        "vllm-sm90 loads it, by kernel wna16",
+        "64.00 KiB (65,536 bytes) of 128.00 KiB dense, 2.00 times",
+        "l1.mlp.mul",
+    ):
         assert fact in told
     assert text(page, "#block option:checked") == "layer 1"
     assert (
@@ -171,6 +177,24 @@ def test_the_drawing_zooms_and_is_walked_by_keys(show: Show) -> None:
     assert page.run(scale) == pytest.approx(1.3)
     page.press("0")
     assert page.run(scale) == 1
+
+
+def test_a_compiled_checkpoint_tells_its_rules_groups_and_errors(show: Show, stored: Document) -> None:
+    page = show(stored)
+    last = next(node for node in stored.listed if node.structure == "mlp-output" and node.layer == 3)
+    page.press("/")
+    page.type(f"{last.path} ")
+    page.press("Enter")
+    told = text(page, "#details")
+    assert last.measures is not None
+    assert last.measures.error is not None
+    assert f"{last.measures.error:.1e}".split("e")[0] in told
+    for candidate in last.candidates:
+        assert f"{candidate.outcome}: {candidate.who}" in told
+    assert {candidate.outcome for candidate in last.candidates} == {"decides", "overridden"}
+    assert "Made by" in told
+    whole = stored.file_bytes
+    assert f"{whole:,}" in text(page, "#ledger-sum")
 
 
 def test_names_made_to_break_out_are_shown_and_run_nothing(show: Show) -> None:

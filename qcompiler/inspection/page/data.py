@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from qcompiler.inspection.document import Document, Node
+from qcompiler.inspection.fold import facts
 
 _TOLD = frozenset({"Leaf", "Role", "Quant", "Scope"})  # annotations whose every fact is a field of the node
 _OWN = frozenset({"name", "path", "inputs"})
@@ -30,6 +31,7 @@ def page_data(document: Document) -> dict[str, Any]:
     ]
     return {
         "nodes": _shared(rows),
+        "target": document.target,
         "groups": [
             {
                 "id": group.id,
@@ -51,7 +53,7 @@ def column_of(path: str, layer: int) -> tuple[str, str]:
 
 
 def _fields(node: Node, *, listed: bool, kinds: dict[object, int]) -> dict[str, Any]:
-    """A node's facts, flat; those without a value are left out. `alike` is one number for what is decided alike."""
+    """A node's facts, flat; those without a value are left out. `alike`: one number for weights that are alike."""
     plain = node.model_dump(mode="json", exclude_defaults=True)
     plain |= plain.pop("measures", {})
     annotations = {name: facts for name, facts in plain.pop("annotations", {}).items() if name not in _TOLD}
@@ -59,8 +61,8 @@ def _fields(node: Node, *, listed: bool, kinds: dict[object, int]) -> dict[str, 
         plain["annotations"] = annotations
     if listed:
         plain["weighted"] = True
-        decided = (node.scheme_name, node.format, node.algorithm, node.run, node.because, node.weight_shape)
-        plain["alike"] = kinds.setdefault(decided, len(kinds))
+        plain["alike"] = kinds.setdefault(facts(node), len(kinds))
+        plain["where_because"] = node.annotations.get("Role", {}).get("because")
     if node.path is not None and node.layer is not None:
         plain["short"], plain["column"] = column_of(node.path, node.layer)
     return {name: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for name, value in plain.items()}

@@ -9,10 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from qcompiler.errors import ConfigError
 from qcompiler.inspection.document import Document
 from qcompiler.inspection.page.data import page_data
 from qcompiler.show import human
@@ -75,6 +77,15 @@ def render_page(document: Document) -> str:
         style=style,
         style_hash=_hash(style),
     )
+
+
+def write_page(document: Document, file: Path) -> None:
+    """Write a document's page. Raises `ConfigError` where the file cannot be written."""
+    page = render_page(document)
+    try:
+        file.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror or error}", hint="choose another file") from error
 
 
 def _shares(parts: Sequence[tuple[str, float, str]]) -> list[Share]:

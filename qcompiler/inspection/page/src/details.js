@@ -1,14 +1,43 @@
 'use strict';
 
-const NUMBERS = new Set(['error', 'output_error', 'nearest_output_error', 'damping', 'transform_gain', 'bits_per_weight']);
+const NUMBERS = new Set([
+  'error',
+  'output_error',
+  'nearest_output_error',
+  'damping',
+  'transform_gain',
+  'bits_per_weight',
+]);
 const SECTIONS = [
-  ['Why', ['because', 'candidates', 'verdict']],
-  ['What', ['kind', 'class_name', 'structure', 'layer', 'partition', 'weight_shape', 'shape', 'parameters', 'op', 'arguments']],
+  ['Why', ['because', 'rules', 'target', 'structure', 'nearest']],
+  ['What', ['class_name', 'weight_shape', 'shape', 'parameters', 'layer', 'partition', 'op', 'arguments']],
   ['Scheme', ['scheme', 'format', 'algorithm', 'run', 'observes', 'observers']],
-  ['Size', ['bytes', 'dense_bytes', 'bits_per_weight']],
-  ['Error', ['error', 'output_error', 'nearest_output_error', 'transform_gain', 'damping', 'ratio', 'dead_columns', 'seconds']],
+  ['Size', ['bytes', 'bits_per_weight']],
+  ['Error', ['error', 'output_error', 'transform_gain', 'damping', 'dead_columns', 'seconds']],
 ];
-const HIDDEN = new Set(['name', 'path', 'short', 'column', 'alike', 'weighted', 'inputs', 'scheme_name', 'solver', 'transform', 'decided', 'module']);
+const HIDDEN = new Set([
+  'name',
+  'path',
+  'short',
+  'column',
+  'alike',
+  'weighted',
+  'inputs',
+  'scheme_name',
+  'solver',
+  'transform',
+  'decided',
+  'module',
+  'kind',
+  'where_because',
+  'dense_bytes',
+  'nearest_output_error',
+  'ratio',
+  'candidates',
+  'verdict',
+  'input_group',
+  'fusion_group',
+]);
 const FIRST = 100;
 
 /** What `explain` says of a node, or what the weights of one cell have in common. */
@@ -22,7 +51,7 @@ class Details {
 
   showNode(node) {
     const model = this.model;
-    const told = new Map(model.fields(node));
+    const told = this.told(node);
     const parts = [this.head(model.label(node), node)];
     const listed = new Set(HIDDEN);
     for (const [title, names] of SECTIONS) {
@@ -30,11 +59,69 @@ class Details {
       names.forEach((name) => listed.add(name));
       if (rows.length) parts.push(section(title, this.list(rows)));
     }
-    parts.push(...this.groupsOf(node, listed));
-    parts.push(this.links('Reads', model.get(node, 'inputs')), this.links('Read by', model.consumers[node]));
+    parts.push(...this.groupsOf(node));
+    parts.push(
+      this.links(
+        'Reads',
+        model.get(node, 'inputs'),
+        this.made(node, (other) => model.get(other, 'inputs'), 'Made by'),
+      ),
+    );
+    parts.push(
+      this.links(
+        'Read by',
+        model.consumers[node],
+        this.made(node, (other) => model.consumers[other], 'Leads to'),
+      ),
+    );
     const rest = [...told].filter(([name]) => !listed.has(name));
     if (rest.length) parts.push(section('Other annotations', this.list(rest)));
     this.panel.replaceChildren(...parts.filter(Boolean));
+  }
+
+  /** A node's fields, those that only together say something put in words. */
+  told(node) {
+    const told = new Map(this.model.fields(node));
+    const put = (name, parts) => told.set(name, parts.filter(Boolean).join(', '));
+    const [bytes, dense] = [told.get('bytes'), told.get('dense_bytes')];
+    if (bytes && dense)
+      put('bytes', [`${said('bytes', bytes)} of ${human(dense)} dense`, `${(dense / bytes).toFixed(2)} times smaller`]);
+    const [error, nearest] = [told.get('output_error'), told.get('nearest_output_error')];
+    if (error && nearest)
+      put('output_error', [brief(error), `${((100 * error) / nearest).toFixed(0)}% of rounding to nearest`]);
+    const gain = told.get('transform_gain');
+    if (gain)
+      put('transform_gain', [
+        `output error ${(100 * gain).toFixed(0)}% of that without`,
+        told.has('ratio') && `exponent ${brief(told.get('ratio'))}`,
+      ]);
+    if (told.has('structure')) put('structure', [`${told.get('structure')}: ${told.get('where_because') ?? ''}`]);
+    const verdict = told.get('verdict');
+    const target = this.model.data.target ?? 'the target';
+    if (verdict?.legal) put('target', [`${target} loads it`, verdict.kernel && `by kernel ${verdict.kernel}`]);
+    else if (verdict) told.set('target', [...verdict.problems, ...verdict.mends]);
+    if (told.has('candidates')) told.set('rules', told.get('candidates'));
+    return told;
+  }
+
+  /** The nearest modules up or down the graph, where a neighbour is none. */
+  made(node, next, words) {
+    const found = new Set();
+    const seen = new Set();
+    const left = [...next(node)];
+    for (const other of left) {
+      if (seen.has(other)) continue;
+      seen.add(other);
+      if (this.model.get(other, 'path') !== null) found.add(other);
+      else left.push(...next(other));
+    }
+    const far = [...found].filter((other) => !next(node).includes(other));
+    if (!far.length) return null;
+    const shown = far
+      .slice(0, 6)
+      .map((other) => this.model.label(other))
+      .join(', ');
+    return `${words} ${shown}${far.length > 6 ? ` and ${far.length - 6} more` : ''}.`;
   }
 
   showCell(cell) {
@@ -42,12 +129,22 @@ class Details {
     const bytes = cell.nodes.reduce((sum, node) => sum + (model.get(node, 'bytes') ?? 0), 0);
     const counts = new Map();
     for (const node of cell.nodes) counts.set(model.scheme(node), (counts.get(model.scheme(node)) ?? 0) + 1);
-    const rows = [['layer', cell.row], ['weights', cell.nodes.length], ['bytes', bytes]];
+    const rows = [
+      ['layer', cell.row],
+      ['weights', cell.nodes.length],
+      ['bytes', bytes],
+    ];
     for (const name of ['error', 'output_error']) {
       const values = cell.nodes.map((node) => model.get(node, name)).filter((value) => value !== null);
-      if (values.length) rows.push([name, `mean ${brief(values.reduce((a, b) => a + b, 0) / values.length)}, most ${brief(Math.max(...values))}`]);
+      if (values.length)
+        rows.push([
+          name,
+          `mean ${brief(values.reduce((a, b) => a + b, 0) / values.length)}, most ${brief(Math.max(...values))}`,
+        ]);
     }
-    const schemes = [...counts].map(([name, count]) => h('li', {}, chip(model.schemes.get(name).style, name), ` ×${count}`));
+    const schemes = [...counts].map(([name, count]) =>
+      h('li', {}, chip(model.schemes.get(name).style, name), ` ×${count}`),
+    );
     this.panel.replaceChildren(
       this.head(cell.column, null),
       section('Together', this.list(rows)),
@@ -75,36 +172,51 @@ class Details {
   list(rows) {
     const list = h('dl');
     const flat = rows.flatMap(([name, value]) => (name === 'scheme' ? Object.entries(value) : [[name, value]]));
-    for (const [name, value] of flat) list.append(h('dt', {}, name.replaceAll('_', ' ')), h('dd', {}, said(name, value)));
+    for (const [name, value] of flat)
+      list.append(h('dt', {}, name.replaceAll('_', ' ')), h('dd', {}, said(name, value)));
     return list;
   }
 
-  groupsOf(node, listed) {
+  groupsOf(node) {
     const parts = [];
     for (const group of this.model.data.groups) {
-      if (!group.members.includes(node)) continue;
-      const title = {input: 'Input group', fusion: 'Fusion group', rescale: 'Rescale pair'}[group.kind] ?? group.kind;
-      parts.push(this.links(`${title} ${group.id}`, group.members.filter((member) => member !== node), group.words));
+      const mine = group.members.includes(node);
+      if (!mine && !(group.kind === 'rescale' && group.producer === node)) continue;
+      const others = group.members.filter((member) => member !== node);
+      const producer = mine && group.producer !== null && group.producer !== node ? [group.producer] : [];
+      const [title, words] = {
+        input: ['Input group', others.length ? 'Reads one tensor with these.' : 'Reads its tensor alone.'],
+        fusion: ['Fused with', 'Runtimes need one scheme for all.'],
+        rescale: [
+          mine ? 'Rescaled' : 'Rescales',
+          `${group.words}: the producer is divided by the scale, its readers multiplied.`,
+        ],
+        observer: ['Observed', group.words],
+      }[group.kind] ?? [group.kind, group.words];
+      const shown = group.kind === 'rescale' ? [...producer, ...others] : others;
+      parts.push(
+        section(`${title} · ${group.id}`, words ? h('p', {}, words) : null, shown.length ? this.linkList(shown) : null),
+      );
     }
-    listed.add('input_group').add('fusion_group');
     return parts;
   }
 
   links(title, nodes, words = null) {
-    if (!nodes.length) return null;
+    return nodes.length ? section(title, this.linkList(nodes), words ? h('p', {}, words) : null) : null;
+  }
+
+  linkList(nodes) {
     const list = h('ul', {class: 'plain-list'});
     const add = (some) => list.append(...some.map((node) => h('li', {}, this.link(node))));
     add(nodes.slice(0, FIRST));
-    const part = section(`${title}`, words ? h('p', {}, words) : null, list);
-    if (nodes.length > FIRST) {
-      const more = h('button', {type: 'button', class: 'quiet'}, `Show all ${grouped(nodes.length)}`);
-      more.addEventListener('click', () => {
-        add(nodes.slice(FIRST));
-        more.remove();
-      });
-      part.append(more);
-    }
-    return part;
+    if (nodes.length <= FIRST) return list;
+    const more = h('button', {type: 'button', class: 'quiet'}, `Show all ${grouped(nodes.length)}`);
+    more.addEventListener('click', () => {
+      more.parentElement.remove();
+      add(nodes.slice(FIRST));
+    });
+    list.append(h('li', {}, more));
+    return list;
   }
 
   link(node) {
@@ -130,8 +242,7 @@ function chip(style, text) {
 function said(name, value) {
   if (name.endsWith('bytes') && typeof value === 'number') return `${human(value)} (${grouped(value)} bytes)`;
   if (name.endsWith('shape') && Array.isArray(value)) return value.join(' × ');
-  if (name === 'verdict') return value.legal ? `loads, with kernel ${value.kernel}` : said('', {problems: value.problems, mends: value.mends});
-  if (name === 'candidates') return h('ol', {class: 'plain-list'}, ...value.map(candidate));
+  if (name === 'rules') return h('ol', {class: 'plain-list'}, ...value.map(candidate));
   if (typeof value === 'number') return NUMBERS.has(name) || !Number.isInteger(value) ? brief(value) : grouped(value);
   if (Array.isArray(value)) {
     if (value.every(isPlain)) return value.join(', ');
@@ -139,7 +250,8 @@ function said(name, value) {
   }
   if (isPlain(value)) return String(value);
   const rows = Object.entries(value).filter(([, part]) => part !== null);
-  if (rows.every(([, part]) => isPlain(part))) return rows.map(([key, part]) => `${key.replaceAll('_', ' ')} ${part}`).join(', ');
+  if (rows.every(([, part]) => isPlain(part)))
+    return rows.map(([key, part]) => `${key.replaceAll('_', ' ')} ${part}`).join(', ');
   const list = h('dl');
   for (const [key, part] of rows) list.append(h('dt', {}, key.replaceAll('_', ' ')), h('dd', {}, said(key, part)));
   return list;
@@ -147,7 +259,13 @@ function said(name, value) {
 
 /** A rule that was weighed: who, what came of it, and what it would have made. */
 function candidate({who, selects, becomes, outcome, because = ''}) {
-  return h('li', {class: outcome}, h('b', {}, `${outcome}: `), `${who}: ${selects} → ${becomes}`, because ? h('small', {}, ` (${because})`) : '');
+  return h(
+    'li',
+    {class: outcome},
+    h('b', {}, `${outcome}: `),
+    `${who}: ${selects} → ${becomes}`,
+    because ? h('small', {}, ` (${because})`) : '',
+  );
 }
 
 function isPlain(value) {

@@ -33,7 +33,10 @@ class Block {
     const joined = read.filter((key) => this.boxes.has(key) && !this.boxes.get(key).shared);
     const kept = this.every || this.model.get(node, 'path') !== null || this.isInserted(node) || joined.length > 1;
     if (!kept) {
-      this.sources.set(node, read.filter((key) => !this.boxes.get(key)?.shared));
+      this.sources.set(
+        node,
+        read.filter((key) => !this.boxes.get(key)?.shared),
+      );
       return;
     }
     const key = this.keyOf(node, read);
@@ -72,7 +75,11 @@ class Block {
     if (this.keys.has(node)) return this.keys.get(node);
     const column = this.model.get(node, 'column');
     const follows = column === null && read.length && read.every((key) => this.isStack(key));
-    const key = this.stacks.has(column) ? `stack ${column}` : follows ? `stack ${opName(this.model, node)} ${read}` : node;
+    const key = this.stacks.has(column)
+      ? `stack ${column}`
+      : follows
+        ? `stack ${opName(this.model, node)} ${read}`
+        : node;
     this.keys.set(node, key);
     return key;
   }
@@ -98,10 +105,13 @@ class Block {
     const found = new Map();
     for (const group of this.model.data.groups) {
       if (!(group.kind in kinds)) continue;
-      const members = [...new Set(group.members.filter((node) => this.inside.has(node)).map((node) => this.keyOf(node)))];
+      const members = [
+        ...new Set(group.members.filter((node) => this.inside.has(node)).map((node) => this.keyOf(node))),
+      ];
       const same = `${group.kind} ${members}`;
       if (members.length > 1 && found.has(same)) found.get(same).more += 1;
-      else if (members.length > 1) found.set(same, {kind: group.kind, id: group.id, members, words: kinds[group.kind], more: 0});
+      else if (members.length > 1)
+        found.set(same, {kind: group.kind, id: group.id, members, words: kinds[group.kind], more: 0});
     }
     return [...found.values()].sort((a, b) => b.members.length - a.members.length || (a.kind < b.kind ? 1 : -1));
   }
@@ -219,9 +229,13 @@ class Drawing {
     this.size = layout.graph();
     leftToRight(layout, boxes);
     inOrder(layout, boxes, edges);
-    const clusters = layout.nodes().filter((key) => layout.children(key).length).map((key) => layout.node(key));
+    const clusters = layout
+      .nodes()
+      .filter((key) => layout.children(key).length)
+      .map((key) => layout.node(key));
     this.drawClusters(clusters);
-    const line = ({points}) => points.map(({x, y}, place) => `${place ? 'L' : 'M'}${x.toFixed(1)},${y.toFixed(1)}`).join('');
+    const line = ({points}) =>
+      points.map(({x, y}, place) => `${place ? 'L' : 'M'}${x.toFixed(1)},${y.toFixed(1)}`).join('');
     this.canvas
       .selectAll('path')
       .data(layout.edges().map((edge) => layout.edge(edge)))
@@ -265,8 +279,16 @@ class Drawing {
       .join('g')
       .attr('class', ({kind}) => `cluster ${kind}`)
       .attr('transform', ({x, y, width, height}) => `translate(${x - width / 2},${y - height / 2})`);
-    drawn.append('rect').attr('width', ({width}) => width).attr('height', ({height}) => height).attr('rx', 8);
-    drawn.append('text').attr('x', 8).attr('y', ({kind, height}) => (kind === 'fusion' ? height - 5 : 12)).text(({label}) => label);
+    drawn
+      .append('rect')
+      .attr('width', ({width}) => width)
+      .attr('height', ({height}) => height)
+      .attr('rx', 8);
+    drawn
+      .append('text')
+      .attr('x', 8)
+      .attr('y', ({kind, height}) => (kind === 'fusion' ? height - 5 : 12))
+      .text(({label}) => label);
   }
 
   drawBoxes(boxes) {
@@ -281,11 +303,35 @@ class Drawing {
       .attr('tabindex', (_, place) => (place ? -1 : 0))
       .attr('aria-label', ({lines}) => lines.join(' '))
       .on('click', (event, box) => this.open(event.currentTarget, box));
-    drawn.append('rect').attr('width', ({width}) => width).attr('height', ({height}) => height).attr('rx', 6);
-    drawn.append('rect').attr('class', 'stripe').attr('width', 5).attr('height', ({height}) => height).attr('rx', 2);
-    drawn.append('text').attr('class', 'name').attr('x', 14).attr('y', 19).text(({lines}) => `${lines[0]} `);
-    drawn.append('text').attr('class', 'scheme').attr('x', 14).attr('y', 36).text(({lines}) => lines[1] ?? '');
-    drawn.append('title').text((box) => box.nodes.slice(0, 3).map((node) => this.model.label(node)).join('\n'));
+    drawn
+      .append('rect')
+      .attr('width', ({width}) => width)
+      .attr('height', ({height}) => height)
+      .attr('rx', 6);
+    drawn
+      .append('rect')
+      .attr('class', 'stripe')
+      .attr('width', 5)
+      .attr('height', ({height}) => height)
+      .attr('rx', 2);
+    drawn
+      .append('text')
+      .attr('class', 'name')
+      .attr('x', 14)
+      .attr('y', 19)
+      .text(({lines}) => `${lines[0]} `);
+    drawn
+      .append('text')
+      .attr('class', 'scheme')
+      .attr('x', 14)
+      .attr('y', 36)
+      .text(({lines}) => lines[1] ?? '');
+    drawn.append('title').text((box) =>
+      box.nodes
+        .slice(0, 3)
+        .map((node) => this.model.label(node))
+        .join('\n'),
+    );
     this.boxes = drawn;
   }
 
@@ -316,10 +362,14 @@ class Drawing {
     } else if (element && (dx || dy)) {
       const here = d3.select(element).datum();
       const far = (box) => {
-        const [across, along] = dy ? [Math.abs(box.x - here.x), (box.y - here.y) * dy] : [Math.abs(box.y - here.y), (box.x - here.x) * dx];
+        const [across, along] = dy
+          ? [Math.abs(box.x - here.x), (box.y - here.y) * dy]
+          : [Math.abs(box.y - here.y), (box.x - here.x) * dx];
         return along > 1 ? along + 2 * across : Infinity;
       };
-      const nearest = this.boxes.nodes().reduce((a, b) => (far(d3.select(b).datum()) < far(d3.select(a).datum()) ? b : a));
+      const nearest = this.boxes
+        .nodes()
+        .reduce((a, b) => (far(d3.select(b).datum()) < far(d3.select(a).datum()) ? b : a));
       if (far(d3.select(nearest).datum()) < Infinity) this.focus(nearest);
     } else {
       return;

@@ -32,7 +32,7 @@ class Grid {
       const layer = layers.get(number) ?? {number, cells: new Map()};
       layers.set(number, layer);
       const column = this.model.get(node, 'column');
-      layer.cells.set(column, [...(layer.cells.get(column) ?? [])]);
+      if (!layer.cells.has(column)) layer.cells.set(column, []);
       layer.cells.get(column).push(node);
     }
     return [...layers.values()].sort((a, b) => a.number - b.number);
@@ -45,29 +45,23 @@ class Grid {
     );
   }
 
-  /** Rows: a layer each or, folded, each run of layers whose weights are decided alike. */
+  /** Rows: a layer each or, folded, all layers whose weights are decided alike. */
   rows() {
-    const rows = [];
+    const rows = new Map();
     for (const layer of this.layers) {
       const kind = this.folded ? this.kindOf(layer) : layer.number;
-      const last = rows.at(-1);
-      if (this.folded && last?.kind === kind) {
-        last.layers.push(layer.number);
-        for (const [column, nodes] of layer.cells) last.cells.set(column, last.cells.get(column).concat(nodes));
-      } else {
-        rows.push({kind, layers: [layer.number], cells: new Map(layer.cells)});
-      }
+      const row = rows.get(kind) ?? {layers: [], cells: new Map()};
+      rows.set(kind, row);
+      row.layers.push(layer.number);
+      for (const [column, nodes] of layer.cells) row.cells.set(column, [...(row.cells.get(column) ?? []), ...nodes]);
     }
-    for (const row of rows) row.label = span(row.layers);
-    return rows;
+    return [...rows.values()].map((row) => ({...row, label: spans(row.layers)}));
   }
 
   kindOf(layer) {
-    const parts = this.columns.map((column) => {
-      const nodes = layer.cells.get(column) ?? [];
-      return nodes.map((node) => [this.model.scheme(node), this.model.get(node, 'alike')].join()).join(';');
-    });
-    return parts.join('|');
+    return this.columns
+      .map((column) => (layer.cells.get(column) ?? []).map((node) => this.model.get(node, 'alike')))
+      .join('|');
   }
 
   draw() {
@@ -77,11 +71,18 @@ class Grid {
     const body = h('tbody');
     for (const row of rows) {
       const cells = this.columns.map((column) => this.cell(row.label, column, row.cells.get(column) ?? []));
-      body.append(h('tr', {}, h('th', {scope: 'row'}, row.label), ...cells));
+      body.append(h('tr', {}, h('th', {scope: 'row', title: row.label}, row.label), ...cells));
     }
     for (const node of this.outside) {
       const cell = this.cell('outside the layers', this.model.label(node), [node]);
-      body.append(h('tr', {class: 'outside'}, h('th', {scope: 'row', title: this.model.label(node)}, this.model.label(node)), cell));
+      body.append(
+        h(
+          'tr',
+          {class: 'outside'},
+          h('th', {scope: 'row', title: this.model.label(node)}, this.model.label(node)),
+          cell,
+        ),
+      );
     }
     this.table.style.setProperty('--columns', this.columns.length);
     this.table.replaceChildren(h('thead', {}, head), body);
@@ -96,7 +97,11 @@ class Grid {
     const shown = this.scale ? this.scale.show(nodes) : this.schemeOf(nodes);
     const count = nodes.length > 1 ? `, ${counted(nodes.length, 'weight')}` : '';
     const label = `${row === 'outside the layers' ? '' : `layer ${row}, `}${column}: ${shown.long ?? shown.text}${count}`;
-    const cell = h('td', {class: shown.style, tabindex: '-1', 'aria-label': label, title: label}, h('span', {}, shown.text));
+    const cell = h(
+      'td',
+      {class: shown.style, tabindex: '-1', 'aria-label': label, title: label},
+      h('span', {}, shown.text),
+    );
     return Object.assign(cell, {nodes, row, column});
   }
 
@@ -126,7 +131,8 @@ class Grid {
   mark(hits) {
     this.hits = hits;
     this.table.classList.toggle('searching', hits !== null);
-    for (const cell of this.cells) cell.classList.toggle('hit', hits !== null && cell.nodes.some((node) => hits.has(node)));
+    for (const cell of this.cells)
+      cell.classList.toggle('hit', hits !== null && cell.nodes.some((node) => hits.has(node)));
   }
 
   select(node) {
@@ -221,12 +227,20 @@ class Scale {
 }
 
 function heading(column) {
-  return h('th', {scope: 'col', title: column}, h('span', {}, column.replace(/^.*\.(?=[^.*]+(\.\*)*$)/, '')), h('small', {}, column.replace(/\.?[^.]+$/, '')));
+  return h(
+    'th',
+    {scope: 'col', title: column},
+    h('span', {}, column.replace(/^.*\.(?=[^.*]+(\.\*)*$)/, '')),
+    h('small', {}, column.replace(/\.?[^.]+$/, '')),
+  );
 }
 
-/** `0–3, 5`. */
-function span(numbers) {
-  const first = numbers[0];
-  const last = numbers.at(-1);
-  return first === last ? String(first) : `${first}–${last}`;
+/** `0–3, 5` of ascending numbers. */
+function spans(numbers) {
+  const runs = [];
+  for (const number of numbers) {
+    if (runs.at(-1)?.[1] === number - 1) runs.at(-1)[1] = number;
+    else runs.push([number, number]);
+  }
+  return runs.map(([first, last]) => (first === last ? String(first) : `${first}–${last}`)).join(', ');
 }

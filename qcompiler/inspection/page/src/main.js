@@ -5,17 +5,26 @@
   const model = new Model(JSON.parse(find('document').textContent));
   const panel = find('details');
 
-  const details = new Details(model, find('details-body'), {onOpen: (node) => open(node), onBlock: (node) => showBlock(node, true)});
+  const details = new Details(model, find('details-body'), {
+    onOpen: (node) => open(node),
+    onBlock: (node) => showBlock(node, true),
+  });
   const grid = new Grid(model, find('grid'), {
-    onOpen: (cell, {byKey = false} = {}) => (cell.nodes.length === 1 ? open(cell.nodes[0], byKey) : openCell(cell, byKey)),
+    onOpen: (cell, {byKey = false} = {}) =>
+      cell.nodes.length === 1 ? open(cell.nodes[0], byKey) : openCell(cell, byKey),
   });
   const drawing = new Drawing(model, find('drawing'), {
-    onOpen: (nodes, port) => (port ? showBlock(nodes[0], false) : nodes.length === 1 ? open(nodes[0]) : openCell(stackCell(nodes))),
+    onOpen: (nodes, port) =>
+      port ? showBlock(nodes[0], false) : nodes.length === 1 ? open(nodes[0]) : openCell(stackCell(nodes)),
   });
-  const search = new Search(model, {box: find('search'), list: find('hits'), count: find('count')}, {
-    onHits: (hits) => grid.mark(hits),
-    onOpen: (node) => open(node, true),
-  });
+  const search = new Search(
+    model,
+    {box: find('search'), list: find('hits'), count: find('count')},
+    {
+      onHits: (hits) => grid.mark(hits),
+      onOpen: (node) => open(node, true),
+    },
+  );
 
   function open(node, byKey = false) {
     details.showNode(node);
@@ -58,7 +67,12 @@
   function drawGrid() {
     grid.draw();
     const entries = grid.legend().map((entry) => {
-      const children = [h('span', {class: `swatch ${entry.style}`, 'aria-hidden': 'true'}), entry.text, ' ', h('small', {}, entry.more ?? '')];
+      const children = [
+        h('span', {class: `swatch ${entry.style}`, 'aria-hidden': 'true'}),
+        entry.text,
+        ' ',
+        h('small', {}, entry.more ?? ''),
+      ];
       if (!entry.query) return h('li', {}, ...children);
       const button = h('button', {type: 'button', class: 'quiet', title: `Search for ${entry.query}`}, ...children);
       button.addEventListener('click', () => search.ask(entry.query));
@@ -87,7 +101,9 @@
   drawGrid();
 
   // The drawing of one block.
-  const partitions = [...new Set(model.where(() => true).map((node) => model.get(node, 'partition')))].filter((name) => name !== null);
+  const partitions = [...new Set(model.where(() => true).map((node) => model.get(node, 'partition')))].filter(
+    (name) => name !== null,
+  );
   const chooser = find('block');
   chooser.append(...partitions.map((name) => h('option', {value: name}, name)));
   const first = model.weighted.find((node) => model.get(node, 'layer') !== null) ?? model.weighted[0];
@@ -97,10 +113,18 @@
     const drawn = drawing.draw(new Block(model, chooser.value, find('every').checked));
     find('not-drawn').hidden = drawn;
     const lists = drawing.block.groups().map((group) => {
-      const words = group.members.map((key) => model.get(drawing.block.boxes.get(key).nodes[0], drawing.block.isStack(key) ? 'column' : 'short'));
+      const words = group.members.map((key) =>
+        model.get(drawing.block.boxes.get(key).nodes[0], drawing.block.isStack(key) ? 'column' : 'short'),
+      );
       const kind = group.kind === 'input' ? 'Input group' : 'Fusion group';
       const more = group.more ? ` and ${counted(group.more, 'group')} like it` : '';
-      return h('li', {class: group.kind}, h('b', {}, `${kind} `), h('code', {}, group.id), `${more} ${group.words}: ${words.join(', ')}`);
+      return h(
+        'li',
+        {class: group.kind},
+        h('b', {}, `${kind} `),
+        h('code', {}, group.id),
+        `${more} ${group.words}: ${words.join(', ')}`,
+      );
     });
     find('groups').replaceChildren(...lists);
     find('block-table').replaceChildren(...blockRows(drawing.block));
@@ -142,11 +166,13 @@
   find('zoom-out').addEventListener('click', () => drawing.by(1 / 1.3));
   find('fit').addEventListener('click', () => drawing.fit());
   if (partitions.length) chooser.value = model.get(first ?? 0, 'partition') ?? partitions[0];
-  requestAnimationFrame(() => setTimeout(() => {
-    drawBlock();
-    model.prepare();
-    document.documentElement.dataset.ready = 'true';
-  }));
+  requestAnimationFrame(() =>
+    setTimeout(() => {
+      drawBlock();
+      model.prepare();
+      document.documentElement.dataset.ready = 'true';
+    }),
+  );
 
   // Light and dark: the system's choice until one is made.
   const theme = find('theme');

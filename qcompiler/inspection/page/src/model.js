@@ -93,14 +93,21 @@ class Model {
   /** Write down, once, what a word is looked for in. */
   prepare() {
     const parts = Object.values(SEARCHED);
-    this.haystacks ??= Array.from(this.profileOf, (_, node) => parts.map((read) => read(this, node)).join(' ').toLowerCase());
+    this.haystacks ??= Array.from(this.profileOf, (_, node) =>
+      parts
+        .map((read) => read(this, node))
+        .join(' ')
+        .toLowerCase(),
+    );
   }
 }
 
 /** A column's values: as they stand, or texts put together from what they share and their numbers. */
 function unfold({plain, patterns, cells}) {
   if (plain) return plain;
-  return cells.map((cell) => cell && patterns[cell[0]].map((piece, place) => (place ? cell[place] + piece : piece)).join(''));
+  return cells.map(
+    (cell) => cell && patterns[cell[0]].map((piece, place) => (place ? cell[place] + piece : piece)).join(''),
+  );
 }
 
 const SEARCHED = {

@@ -42,7 +42,11 @@ class Search {
 
   option(node, place) {
     const model = this.model;
-    const option = h('li', {role: 'option', id: `hit-${place}`, 'aria-selected': 'false'}, h('span', {}, model.label(node)));
+    const option = h(
+      'li',
+      {role: 'option', id: `hit-${place}`, 'aria-selected': 'false'},
+      h('span', {}, model.label(node)),
+    );
     if (model.get(node, 'weighted')) option.append(chip(model.style(node), model.scheme(node)));
     else option.append(h('small', {}, model.get(node, 'kind')));
     return Object.assign(option, {node});
