@@ -95,9 +95,10 @@ def _node(
         fields |= _leaf_fields(node, leaf) | _decision(get_quant(node), leaf)
         fields["verdict"] = verdicts.get(leaf.path)
         if (row := rows.get(leaf.path)) is not None:
-            quant = get_quant(node)  # "stored": nobody here knows more than the report
-            known = {} if quant is None or quant.solver == "stored" else {"because": quant.because}
-            fields |= _row_fields(row) | known
+            fields |= _row_fields(row)
+        quant = get_quant(node)
+        if quant is not None and quant.solver != "stored":  # of what is stored, the report may know more
+            fields["because"] = quant.because
         fields["candidates"] = tuple(_candidates(node))
     if (statistic := observed(node)) is not None:
         fields["observes"] = statistic.id
@@ -175,7 +176,7 @@ def _row_fields(row: LayerRow) -> dict[str, Any]:
         "dense_bytes": row.dense_bytes,
         "bits_per_weight": row.bits_per_weight,
         "transform": row.transform,
-        "because": (row.because,),
+        "because": (row.because,) if row.because else (),
         "measures": Measures(**measured) if measured else None,
     }
 

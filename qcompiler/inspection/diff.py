@@ -15,6 +15,7 @@ from qcompiler.inspection.fold import below
 from qcompiler.inspection.text import because, scheme_word, shape_word
 from qcompiler.show import human, spans
 
+_NOT_JUDGED = "not judged"
 _SAME = 1e-9  # of errors, relative: a measure that is read back from JSON is the same one
 
 
@@ -118,21 +119,32 @@ def _changes(a: Node, b: Node) -> Iterable[Change]:
         ("run", str(a.run or 1), str(b.run or 1)),
         ("structure", a.structure or "none", b.structure or "none"),
         ("target", _verdict(a), _verdict(b)),
-        ("observed", ", ".join(a.observers) or "not", ", ".join(b.observers) or "not"),
-        ("because", because(a), because(b)),
+        ("observed", _observed(a), _observed(b)),
+        ("because", _decided_by(a), _decided_by(b)),
     )
-    yield from (Change(what=what, before=before, after=after) for what, before, after in facts if before != after)
+    for what, before, after in facts:
+        if before != after and _NOT_JUDGED not in (before, after):
+            yield Change(what=what, before=before, after=after)
     if a.bytes != b.bytes:
         yield Change(what="bytes", before=_size(a.bytes), after=_size(b.bytes))
-    before, after = _error(a), _error(b)
-    known = [error for error in (before, after) if error is not None]
+    errors = (_error(a), _error(b))
+    known = [error for error in errors if error is not None]
     if len(known) == 1 or (len(known) == 2 and abs(known[0] - known[1]) > _SAME * max(known)):
-        yield Change(what="error", before=_number(before), after=_number(after))
+        yield Change(what="error", before=_number(errors[0]), after=_number(errors[1]))
+
+
+def _decided_by(node: Node) -> str:
+    return because(node) if node.decided else "no rule"
+
+
+def _observed(node: Node) -> str:
+    """What is collected for it, without the layer."""
+    return ", ".join(re.sub(r"^l\d+\.", "", id) for id in node.observers) or "not"
 
 
 def _verdict(node: Node) -> str:
     if node.verdict is None:
-        return "not judged"
+        return _NOT_JUDGED
     return "loads it" if node.verdict.legal else "refuses it"
 
 

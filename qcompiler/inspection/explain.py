@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pydantic import JsonValue
 from rich.text import Text
@@ -13,6 +14,10 @@ from qcompiler.inspection.text import Styles, because, scheme_word, shape_word
 from qcompiler.show import human
 
 _SHOWN = 6
+_Line = tuple[str, str, str]
+"""A word, what is to be said of it, and the style of that."""
+
+_INDENT = 15
 _WORDS: dict[str, str] = {"decides": "bold green", "overridden": "yellow", "hidden": "yellow", "missed": "dim"}
 _RULES = (Column("rule"), Column("selects"), Column("would make it"), Column("outcome"))
 
@@ -20,15 +25,14 @@ _RULES = (Column("rule"), Column("selects"), Column("would make it"), Column("ou
 def explain_lines(document: Document, name: str, width: int) -> list[Text]:
     """Everything that is known of the node `name`. Raises `ConfigError` with near names where there is none."""
     node = document.find(name)
-    lines = [_title(node), *_decided(document, node)]
+    lines = [_title(node), *_told(_decided(document, node), width)]
     if node.candidates:
-        lines += [_field("rules", "")]
+        lines += _told([("rules", "", "")], width)
         lines += laid_out(_RULES, [_rule(candidate) for candidate in node.candidates], width, indent=4)
-    elif node.kind in LISTED_KINDS and document.pipeline is not None:
-        lines.append(_field("rules", "none means it, and none misses it by one key alone"))
-    lines += [_field(word, text, style) for word, text, style in (*_dataflow(document, node), *_groups(document, node))]
-    lines += [_field(word, text, style) for word, text, style in (*_verdict(document, node), *_cost(node))]
-    return lines
+    elif node.kind in LISTED_KINDS and document.stage != "captured":
+        lines += _told([("rules", "none means it, and none misses it by one key alone", "")], width)
+    rest = (*_dataflow(document, node), *_groups(document, node), *_verdict(document, node), *_cost(node))
+    return [*lines, *_told(rest, width)]
 
 
 def _title(node: Node) -> Text:
@@ -38,21 +42,21 @@ def _title(node: Node) -> Text:
     return line.append(f"  {', '.join(filter(None, facts))}", style="not bold dim")
 
 
-def _decided(document: Document, node: Node) -> Iterator[Text]:
+def _decided(document: Document, node: Node) -> Iterator[_Line]:
     if node.kind in LISTED_KINDS:
         style = Styles(document.listed).of(node)
         how = f" by {node.algorithm}" if node.algorithm else ""
         how += f", run {node.run}" if node.run not in (None, 1) else ""
         stored = f", stored as {node.format}" if node.format else ""
-        undecided = "undecided: no rule has spoken, and it stays dense" if not node.decided else ""
-        yield _field("becomes", undecided or f"{scheme_word(node)}{how}{stored}", style)
+        asked = "" if document.stage != "captured" else " as it is: no rule has been asked"
+        yield "becomes", f"{scheme_word(node)}{how}{stored}{asked}", style
         if node.because:
-            yield _field("because", because(node))
+            yield "because", because(node), ""
     if node.path is not None and (role := node.annotations.get("Role")) is not None:
         if node.structure is not None:
-            yield _field("structure", f"{node.structure}: {role.get('because')}")
+            yield "structure", f"{node.structure}: {role.get('because')}", ""
         elif node.kind in LISTED_KINDS:
-            yield _field("structure", f"none: rules can select it by name only; {node.nearest or role.get('because')}")
+            yield "structure", f"none: rules can select it by name only; {node.nearest or role.get('because')}", ""
 
 
 def _rule(candidate: Candidate) -> list[Cell]:
@@ -60,9 +64,6 @@ def _rule(candidate: Candidate) -> list[Cell]:
     words = f"{outcome} {candidate.because}".strip()
     style = _WORDS[candidate.outcome]
     return [Cell(candidate.who), Cell(candidate.selects), Cell(candidate.becomes), Cell(words, style)]
-
-
-_Line = tuple[str, str, str]
 
 
 def _dataflow(document: Document, node: Node) -> Iterator[_Line]:
@@ -151,9 +152,12 @@ def _verdict(document: Document, node: Node) -> Iterator[_Line]:
 
 def _cost(node: Node) -> Iterator[_Line]:
     if node.bytes is not None and node.dense_bytes is not None:
-        ratio = f", {node.dense_bytes / node.bytes:.2f} times smaller" if node.bytes else ""
+        smaller = node.scheme_name is not None and node.bytes > 0
+        was = (
+            f" of {human(node.dense_bytes)} dense, {node.dense_bytes / node.bytes:.2f} times smaller" if smaller else ""
+        )
         bits = f", {node.bits_per_weight:.2f} bits per weight" if node.bits_per_weight is not None else ""
-        yield "bytes", f"{human(node.bytes)} of {human(node.dense_bytes)} dense{ratio}{bits}", ""
+        yield "bytes", f"{human(node.bytes)}{was}{bits}", ""
     found = node.measures
     if found is None:
         return
@@ -185,5 +189,12 @@ def _some(words: Sequence[str]) -> str:
     return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _field(word: str, text: str, style: str = "") -> Text:
-    return Text(f"  {word:<13}").append(text, style=style or None)
+def _told(lines: Iterable[_Line], width: int) -> Iterator[Text]:
+    """Words in one column, what is said of them in another, as wide as there is room."""
+    for word, said, style in lines:
+        parts = textwrap.wrap(said, max(width - _INDENT, 20), break_long_words=False, break_on_hyphens=False) or [""]
+        for index, part in enumerate(parts):
+            head = f"  {word:<{_INDENT - 2}}" if index == 0 else " " * _INDENT
+            line = Text(head).append(part, style=style or None)
+            line.rstrip()
+            yield line

@@ -131,6 +131,9 @@ def _document(graph: Graph, context: Context, pipeline: Pipeline | None, after: 
     notes += [NoteText(kind="warning", text=f"{found.message}; {found.mend}") for found in elsewhere]
     printer = Printer(graph)
     rows = {row.path: row for row in report.layers}
+    if graph.stage is Stage.CAPTURED:
+        for row in report.layers:
+            row.because = ""  # no rule has been asked yet
     return Document(
         source="model" if pipeline is not None else "graph",
         model=model_facts(source.model, context.report.model, graph.layer_count),

@@ -53,7 +53,8 @@ def text_lines(document: Document, width: int) -> list[Text]:
     blocks: list[tuple[Text | None, list[list[Cell]]]] = []
     blocks.append((None, [_row(str(n.path), [n], styles) for n in before if _is_listed(n)]))
     blocks += [(heading(found), _fold_rows(found, styles)) for found in folds]
-    blocks.append((None, [_row(str(n.path), [n], styles) for n in after if _is_listed(n)]))
+    rest = [_row(str(n.path), [n], styles) for n in after if _is_listed(n)]
+    blocks.append((Text("after the layers", style="bold") if rest and folds else None, rest))
     # All blocks share their columns, so that a scheme stands under a scheme.
     laid = laid_out(COLUMNS, [row for _, rows in blocks for row in rows], width)
     lines.append(laid.pop(0))
@@ -139,7 +140,7 @@ def difference(node: Node, other: Node | None) -> str:
 
 
 def scheme_word(node: Node) -> str:
-    return node.scheme_name or (DENSE if node.decided or node.kind not in ("linear", "conv1d") else "undecided")
+    return node.scheme_name or DENSE
 
 
 def by(node: Node) -> str:
