@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import qcompiler
+from qcompiler.check import KINDS
 from qcompiler.demo import calibration_text, model_path
 from qcompiler.ir.annotations import Leaf, Role, get
 from qcompiler.ir.graph import Graph
@@ -64,6 +65,11 @@ def targets() -> str:
     return "\n".join(["| target | runtime | hardware |", "|---|---|---|", *rows])
 
 
+def findings() -> str:
+    rows = [f"| `{code}` | {kind.severity} | {kind.says} |" for code, kind in KINDS.items()]
+    return "\n".join(["| finding | severity | says |", "|---|---|---|", *rows])
+
+
 def passes() -> str:
     project = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["entry-points"]["qcompiler.passes"]
@@ -81,6 +87,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "presets": presets,
     "passes": passes,
     "targets": targets,
+    "findings": findings,
 }
 
 
