@@ -70,7 +70,7 @@ def inspect(
     if (full or json) and (export or html):
         raise typer.BadParameter("it is for what is printed, not for files", param_hint="--full" if full else "--json")
 
-    from qcompiler.inspection.export import check_place, writer_of
+    from qcompiler.inspection import export as files
     from qcompiler.inspection.read import Options
 
     options = Options(target, dtype, revision, trust_remote_code, independent)
@@ -80,15 +80,15 @@ def inspect(
     if model is None:
         raise typer.BadParameter("it is missing: only --diff of two folders needs none", param_hint="MODEL")
     if export is not None:
-        writer_of(export)  # before the model is read
+        files.writer_of(export)  # before the model is read
     if html is not None:
-        check_place(html)
+        files.check_place(html)
 
     from qcompiler.inspection.read import read
 
     document = read(model, pipeline, after=after, options=options)
     if export is not None:
-        writer_of(export)(document, export)
+        files.export(document, export)
         print(f"wrote {export}: {len(document.nodes)} nodes")
         return
     if html is not None:

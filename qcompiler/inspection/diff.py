@@ -100,7 +100,8 @@ def _facts(a: Document, b: Document) -> Iterable[Change]:
     for what, before, after in facts:
         if before != after and "" not in (before, after):
             yield Change(what=what, before=before, after=after)
-    spent = [{entry.what: entry.bytes for entry in side.ledger} for side in (a, b)]
+    files = a.file_bytes is not None and b.file_bytes is not None
+    spent = [{e.what: e.bytes for e in side.ledger if files or e.where == "tensors"} for side in (a, b)]
     for what in dict.fromkeys((*spent[0], *spent[1])):
         if spent[0].get(what, 0) != spent[1].get(what, 0) and all(spent):
             yield Change(what=what, before=_size(spent[0].get(what, 0)), after=_size(spent[1].get(what, 0)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qcompiler.checkpoints.hub import resolve_model
 from qcompiler.compiler import PipelineLike, survey
 from qcompiler.errors import ConfigError, LegalityError, did_you_mean
 from qcompiler.inspection.build import build_groups, build_nodes, model_facts, verdicts_of
@@ -49,6 +50,8 @@ def read(
     if path.is_file():
         _refuse_pipeline(path, "an exported graph", pipeline, after)
         return read_document(path)
+    if pipeline is None and not path.is_dir():
+        path = resolve_model(str(model), revision=options.revision)  # what it is, its config says
     if is_checkpoint(path):
         _refuse_pipeline(path, "a quantized checkpoint", pipeline, after)
         return read_checkpoint(path, target=options.target, trust_remote_code=options.trust_remote_code)
