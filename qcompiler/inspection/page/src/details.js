@@ -85,7 +85,10 @@ class Details {
     const put = (name, parts) => told.set(name, parts.filter(Boolean).join(', '));
     const [bytes, dense] = [told.get('bytes'), told.get('dense_bytes')];
     if (bytes && dense)
-      put('bytes', [`${said('bytes', bytes)} of ${human(dense)} dense`, `${(dense / bytes).toFixed(2)} times smaller`]);
+      put('bytes', [
+        `${said('bytes', bytes)} of ${human(dense)} dense`,
+        `${(dense / bytes).toFixed(2)} times smaller`,
+      ]);
     const [error, nearest] = [told.get('output_error'), told.get('nearest_output_error')];
     if (error && nearest)
       put('output_error', [brief(error), `${((100 * error) / nearest).toFixed(0)}% of rounding to nearest`]);
@@ -195,7 +198,11 @@ class Details {
       }[group.kind] ?? [group.kind, group.words];
       const shown = group.kind === 'rescale' ? [...producer, ...others] : others;
       parts.push(
-        section(`${title} · ${group.id}`, words ? h('p', {}, words) : null, shown.length ? this.linkList(shown) : null),
+        section(
+          `${title} · ${group.id}`,
+          words ? h('p', {}, words) : null,
+          shown.length ? this.linkList(shown) : null,
+        ),
       );
     }
     return parts;

@@ -187,12 +187,13 @@ function leftToRight(layout, boxes) {
       if (Math.abs(a.y - b.y) < a.height) turned += Math.sign(a.x - b.x);
     }
   }
-  if (turned <= 0) return;
+  if (turned <= 0) return false;
   for (const key of layout.nodes()) layout.node(key).x = width - layout.node(key).x;
   for (const edge of layout.edges()) {
     const line = layout.edge(edge);
     line.points = line.points.map(({x, y}) => ({x: width - x, y}));
   }
+  return true;
 }
 
 /** Draws a block into an SVG with layout by dagre, zoom by d3. */
@@ -227,8 +228,8 @@ class Drawing {
     if (boxes.length > MOST) return false;
     const layout = this.lay(boxes, edges, block.groups());
     this.size = layout.graph();
-    leftToRight(layout, boxes);
     inOrder(layout, boxes, edges);
+    if (leftToRight(layout, boxes)) inOrder(layout, boxes, edges);
     const clusters = layout
       .nodes()
       .filter((key) => layout.children(key).length)
@@ -353,8 +354,15 @@ class Drawing {
   /** Arrow keys go to the nearest box in their direction; plus, minus and 0 zoom. */
   moved(event) {
     const element = event.target.closest('g.box');
-    const zooms = {'+': () => this.by(1.3), '=': () => this.by(1.3), '-': () => this.by(1 / 1.3), 0: () => this.fit()};
-    const [dx, dy] = {ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0]}[event.key] ?? [0, 0];
+    const zooms = {
+      '+': () => this.by(1.3),
+      '=': () => this.by(1.3),
+      '-': () => this.by(1 / 1.3),
+      0: () => this.fit(),
+    };
+    const [dx, dy] = {ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0]}[event.key] ?? [
+      0, 0,
+    ];
     if (event.key in zooms && !event.ctrlKey && !event.metaKey) {
       zooms[event.key]();
     } else if (element && (event.key === 'Enter' || event.key === ' ')) {

@@ -112,7 +112,9 @@
     if (!partitions.length) return;
     const drawn = drawing.draw(new Block(model, chooser.value, find('every').checked));
     find('not-drawn').hidden = drawn;
-    const lists = drawing.block.groups().map((group) => {
+    const order = [...drawing.block.boxes.keys()];
+    const groups = drawing.block.groups().sort((a, b) => order.indexOf(a.members[0]) - order.indexOf(b.members[0]));
+    const lists = groups.map((group) => {
       const words = group.members.map((key) =>
         model.get(drawing.block.boxes.get(key).nodes[0], drawing.block.isStack(key) ? 'column' : 'short'),
       );
