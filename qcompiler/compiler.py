@@ -40,7 +40,7 @@ from qcompiler.pipeline.manager import (
 )
 from qcompiler.pipeline.registry import providers
 from qcompiler.report import Report, Timing
-from qcompiler.runtime.memory import trim_memory
+from qcompiler.runtime.memory import returning_memory, trim_memory
 from qcompiler.source import ModelSource, TokenizerLike, open_model
 from qcompiler.targets import load_target
 
@@ -189,7 +189,7 @@ def compile(
     request = _Request(
         model, chosen, tokenizer, target, dtype, revision, trust_remote_code, independent, show, progress
     )
-    with _open(request, reads_weights=True) as source:
+    with returning_memory(), _open(request, reads_weights=True) as source:
         check_apart(destination.folder, source.folder)
         source.check_weights()
         data.read_ahead(chosen, source)

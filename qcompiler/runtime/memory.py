@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+
+# Of mallopt(3).
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
+_LARGE = 8 << 20  # bytes: more than scratch, which is made again and again; less than weights and activations
+# As far as glibc's own thresholds grow, and where they stand in a process that has freed a large tensor.
+_GROWN = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 
 @cache
-def _trim() -> Callable[[int], int] | None:
+def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL(None)
+        return library if library.malloc_trim and library.mallopt and library.gnu_get_libc_version else None
+    except (OSError, AttributeError):  # another C library
         return None
-    return trim
 
 
 def trim_memory() -> None:
@@ -24,6 +33,28 @@ def trim_memory() -> None:
 
     Without it a long run holds more and more fragments of weights that are gone.
     """
-    trim = _trim()
-    if trim is not None:
-        trim(0)
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+
+
+@contextmanager
+def returning_memory() -> Iterator[None]:
+    """For as long as this lasts, large tensors go back to the system when they are freed, where glibc allocates.
+
+    By itself it comes to take tensors of up to 32 MiB from heaps, one per thread, that keep up to 64 MiB each for later
+    and hold weights among small blocks that outlive them: what a run peaks at then depends on chance, and chance has
+    as many trials as there are partitions. The thresholds are the process's; afterwards they are as they would
+    have become by themselves. Those that the user chose (in the environment) stand.
+    """
+    glibc = _glibc()
+    if glibc is None or any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        yield
+        return
+    for threshold in _GROWN:
+        glibc.mallopt(threshold, _LARGE)
+    try:
+        yield
+    finally:
+        for threshold, value in _GROWN.items():
+            glibc.mallopt(threshold, value)
