@@ -111,14 +111,21 @@ def test_a_search_finds_marks_and_counts(show: Show) -> None:
     assert text(page, "#count") == "0 nodes"
     page.press("Escape")
     assert text(page, "#count") == ""
-    page.type("structure:mlp-output")
-    assert text(page, "#count") == "3 nodes"
+    for query, count in (
+        ("structure:mlp-output", 3),
+        ("scheme:int", 21),
+        ('scheme:"int"', 0),
+        ("layer:1 op:linear", 7),
+    ):
+        page.type(query)
+        assert text(page, "#count") == f"{count} nodes"
+        page.press("Escape")
 
 
 def test_the_legend_searches_for_its_scheme(show: Show) -> None:
     page = show(decoder(3))
     page.click("#legend li:nth-child(2) button")
-    assert page.run("document.querySelector('#search').value") == "scheme:w:int8/g128"
+    assert page.run("document.querySelector('#search').value") == 'scheme:"w:int8/g128"'
     assert page.run("document.querySelectorAll('#grid td.hit').length") == 3
 
 

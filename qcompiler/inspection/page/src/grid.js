@@ -123,7 +123,7 @@ class Grid {
       style: entry.style,
       text: entry.name,
       more: `${counted(entry.nodes, 'weight')}, ${human(entry.bytes)}`,
-      query: `scheme:${entry.name}`,
+      query: `scheme:"${entry.name}"`,
     }));
   }
 

@@ -74,17 +74,16 @@ class Model {
     return this.schemes.get(this.scheme(node))?.style ?? 'plain';
   }
 
-  /** Nodes that have every word of the query, weights first; `field:word` asks one field. */
+  /** Nodes that have every word of the query, weights first. `field:word` asks one, `field:"all of it"` for no more. */
   search(query) {
-    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = [...query.toLowerCase().matchAll(WORDS)].map(({groups}) => groups);
     if (!words.length) return [];
     this.prepare();
-    const tests = words.map((word) => {
-      const [, field, rest] = /^(path|scheme|structure|layer|solver|group|op):(.+)$/.exec(word) ?? [];
-      if (!field) return (node) => this.haystacks[node].includes(word);
-      if (field === 'layer') return (node) => String(this.get(node, 'layer')) === rest;
-      const read = SEARCHED[field];
-      return (node) => read(this, node).toLowerCase().includes(rest);
+    const tests = words.map(({field, whole, word}) => {
+      if (!field) return (node) => this.haystacks[node].includes(whole ?? word);
+      const read = (node) => SEARCHED[field](this, node).toLowerCase();
+      if (whole !== undefined || field === 'layer') return (node) => read(node) === (whole ?? word);
+      return (node) => read(node).includes(word);
     });
     const has = (node) => tests.every((test) => test(node));
     return [...this.weighted.filter(has), ...this.others.filter(has)];
@@ -92,9 +91,9 @@ class Model {
 
   /** Write down, once, what a word is looked for in. */
   prepare() {
-    const parts = Object.values(SEARCHED);
+    const {layer: _, ...parts} = SEARCHED;
     this.haystacks ??= Array.from(this.profileOf, (_, node) =>
-      parts
+      Object.values(parts)
         .map((read) => read(this, node))
         .join(' ')
         .toLowerCase(),
@@ -110,7 +109,10 @@ function unfold({plain, patterns, cells}) {
   );
 }
 
+const WORDS = /(?:(?<field>path|scheme|structure|layer|solver|group|op):)?(?:"(?<whole>[^"]*)"|(?<word>\S+))/g;
+
 const SEARCHED = {
+  layer: (model, node) => String(model.get(node, 'layer') ?? ''),
   path: (model, node) => `${model.get(node, 'path') ?? ''} ${model.get(node, 'name')}`,
   scheme: (model, node) => (model.get(node, 'weighted') ? model.scheme(node) : ''),
   structure: (model, node) => model.get(node, 'structure') ?? '',
