@@ -13,11 +13,15 @@ import pytest
 import qcompiler
 from qcompiler.check import KINDS
 from qcompiler.demo import calibration_text, model_path
+from qcompiler.inspection.document import Document
+from qcompiler.inspection.explain import explain_lines
+from qcompiler.inspection.read import read_plan
+from qcompiler.inspection.text import text_lines
 from qcompiler.ir.annotations import Leaf, Role, get
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import OPS
 from qcompiler.ir.printer import Printer
-from qcompiler.pipeline import load_pipeline, print_pipeline
+from qcompiler.pipeline import load_pipeline, parse_pipeline, print_pipeline
 from qcompiler.pipeline.describe import describe_passes, describe_pipelines
 from qcompiler.pipeline.registry import pass_names
 from qcompiler.scheme import PRESETS
@@ -80,9 +84,39 @@ def passes() -> str:
     return _indented(describe_passes() + "\n" + describe_pipelines())
 
 
+_TWO_RULES = """
+name: two-rules
+passes:
+- assign:
+    rules:
+    - {select: {structure: [attention-input, attention-output, mlp-input]}, scheme: W4A16}
+    - {select: {structure: mlp-output}, scheme: W8A16}
+    - {select: {structure: mlp-output, layers: -1}, scheme: W4A16, override: true}
+    ignore: [{structure: lm-head}]
+- legalize
+"""
+
+
+@cache
+def _inspected() -> Document:
+    document = read_plan(model_path(), parse_pipeline(_TWO_RULES))
+    return document.model_copy(update={"model": document.model.model_copy(update={"name": "MODEL"})})
+
+
+def inspected() -> str:
+    return _indented("\n".join(line.plain for line in text_lines(_inspected(), 116)))
+
+
+def explained() -> str:
+    lines = explain_lines(_inspected(), "model.layers.3.mlp.down_proj", 116)
+    return _indented("\n".join(line.plain for line in lines))
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "captured": captured,
     "lowered": lowered,
+    "inspect": inspected,
+    "explain": explained,
     "int4-int8": lambda: _indented(print_pipeline(load_pipeline("int4-int8"))),
     "presets": presets,
     "passes": passes,

@@ -19,7 +19,7 @@ _Line = tuple[str, str, str]
 
 _INDENT = 15
 _WORDS: dict[str, str] = {"decides": "bold green", "overridden": "yellow", "hidden": "yellow", "missed": "dim"}
-_RULES = (Column("rule"), Column("selects"), Column("would make it"), Column("outcome"))
+_RULES = (Column("rule"), Column("selects"), Column("would become"), Column("outcome"))
 
 
 def explain_lines(document: Document, name: str, width: int) -> list[Text]:
