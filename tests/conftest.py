@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from qcompiler.capture import capture_and_prove, capture_graph
+from tests.captures import remembered
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,6 +41,16 @@ def _quick() -> None:
     torch.set_num_threads(1)
     gc.freeze()
     gc.set_threshold(7_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _captured_once() -> Iterator[None]:
+    """Most tests that compile do not ask whether a capture is right: tests/capture does, of every architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompiler.compiler.capture_and_prove", remembered(capture_and_prove))
+        for module in ("lowering.evaluate", "check.linears"):
+            patch.setattr(f"qcompiler.{module}.capture_graph", remembered(capture_graph))
+        yield
 
 
 @pytest.fixture
