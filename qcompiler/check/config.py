@@ -13,7 +13,7 @@ from qcompiler.check.findings import ALL, MODEL, Finding
 from qcompiler.emit.schema import TOP_KEYS, parse_quantization_config, read_kv_cache
 from qcompiler.errors import ConfigError
 from qcompiler.expressions import REGEX_PREFIX, Pattern, PatternError
-from qcompiler.scheme import Format, KVCacheSpec, Scheme
+from qcompiler.scheme import Format, KVCacheSpec, Scheme, Strategy
 
 _ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED, Format.NVFP4)
 
@@ -185,8 +185,15 @@ def _vllm_takes(group: Group) -> bool:
     if weights.type == "float":
         return format in _ACTIVATION_FORMATS
     if inputs is None:
-        return format is Format.PACK_QUANTIZED
-    return format is Format.PACK_QUANTIZED or (inputs.type == "int" and format in _ACTIVATION_FORMATS)
+        return format is Format.PACK_QUANTIZED and weights.strategy in (Strategy.GROUP, Strategy.CHANNEL)
+    if format is Format.PACK_QUANTIZED:  # W4A8Fp8, WNA8Int
+        return inputs.type == "float" or (inputs.dynamic is True and inputs.symmetric)
+    if inputs.type == "float" or not weights.symmetric or format not in _ACTIVATION_FORMATS:
+        return False
+    if weights.bits == inputs.bits == 8:  # W8A8Int8
+        return weights.strategy in (Strategy.TENSOR, Strategy.CHANNEL)
+    grouped = weights.strategy in (Strategy.GROUP, Strategy.CHANNEL)
+    return (weights.bits, inputs.bits) == (4, 8) and grouped and inputs.strategy is Strategy.TOKEN  # W4A8Int
 
 
 def _cache(written: Any) -> tuple[KVCacheSpec | None, list[Finding]]:

@@ -186,7 +186,9 @@ def _told(name: str, group: Group, difference: _Difference, columns: int) -> Fin
         return _unexpected(name, group, part, found)
     message = f"{part} is {_spec(found.dtype, found.shape)}, loaders expect {_spec(*wanted)}"
     if not _same_dtype(part, found.dtype, wanted[0]):
-        return Finding.of("tensor-dtype", name, ALL, message, _AGAIN)
+        # vLLM casts as it copies, which loses nothing where the integers are wider.
+        wider = {found.dtype, wanted[0]} == {torch.int64, torch.int32}
+        return Finding.of("tensor-dtype", name, ("transformers",) if wider else ALL, message, _AGAIN)
     if part == "weight_scale" and scheme.weights.strategy is Strategy.CHANNEL and len(found.shape) == 1:
         return Finding.of("scale-one-dimensional", name, ALL, f"{message}: they raise", "reshape it to [O, 1]")
     if part == "weight_packed" and group.format is Format.PACK_QUANTIZED:

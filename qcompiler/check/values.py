@@ -70,9 +70,12 @@ class Values:
             does = "every output of the layer is NaN or wrong, in every loader"
             message = f"{counts.infinite} {of} are NaN or infinite: {does}"
             yield Finding.of("scale-not-finite", layer, ALL, message, _MEND)
-        if counts.negative:
-            message = f"{counts.negative} {of} are negative: kernels that read scales as unsigned take other numbers"
+        if counts.negative and (part in _DIVISORS or meta.dtype == torch.float8_e4m3fn):
+            message = f"{counts.negative} {of} are negative: kernels read them as unsigned, or divide by them"
             yield Finding.of("scale-negative", layer, ALL, message, _MEND)
+        elif counts.negative:
+            message = f"{counts.negative} {of} are negative: loaders multiply by them, which no writer means"
+            yield Finding.of("weight-scale-negative", layer, ALL, message, _MEND)
         if counts.zero and part in _DIVISORS:
             yield Finding.of(
                 "global-scale-zero", layer, ALL, f"{part} is zero: it is divided by, which gives NaN", _MEND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,12 +141,15 @@ def test_a_target_that_matches_nothing_is_a_warning(target: str, hint: str, base
     assert hint in warning.mend
 
 
-def test_scales_that_are_zero_are_a_warning(base: Base, checked: Check) -> None:
+@pytest.mark.parametrize(("change", "code"), [(torch.zeros_like, "scale-zero"), (torch.neg, "weight-scale-negative")])
+def test_scales_that_no_writer_means_are_a_warning(
+    change: Callable[[Tensor], Tensor], code: str, base: Base, checked: Check
+) -> None:
     edited = base("packed")
-    edited.change("model.layers.0.mlp.down_proj.weight_scale", torch.zeros_like)
+    edited.change("model.layers.0.mlp.down_proj.weight_scale", change)
     report = checked(edited)
     assert not errors(report)
-    assert "scale-zero" in {f.code for f in report.of(Severity.WARNING)}
+    assert code in {f.code for f in report.of(Severity.WARNING)}
 
 
 def test_nvfp4_without_the_dtype_of_its_scales_is_a_warning(base: Base, checked: Check) -> None:

@@ -207,7 +207,7 @@ def floats_called_packed(edited: Edited) -> None:
     edited.quantization["format"] = edited.group()["format"] = "pack-quantized"
 
 
-@trap("mixed", "format-disagrees", GATE)
+@trap("mixed", "format-disagrees", GATE, also=("format-unread",))
 def eight_bits_called_packed(edited: Edited) -> None:
     edited.group("group_1")["format"] = "pack-quantized"
 
@@ -272,7 +272,7 @@ def an_activation_scale_of_a_weight_only_layer(edited: Edited) -> None:
     edited.tensors[f"{DOWN}.input_scale"] = torch.ones(1)
 
 
-@trap("packed", "tensor-dtype", DOWN)
+@trap("packed", "tensor-dtype", DOWN, ("transformers",))
 def packed_words_of_64_bits(edited: Edited) -> None:
     edited.change(f"{DOWN}.weight_packed", lambda packed: packed.long())
 
@@ -309,9 +309,9 @@ def an_exponent_that_is_nan(edited: Edited) -> None:
     edited.change(f"{QUERY}.weight_scale", lambda scale: scale.index_fill_(0, torch.tensor([0]), 255))
 
 
-@trap("packed", "scale-negative", DOWN)
-def negative_scales(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_scale", torch.neg)
+@trap("nvfp4", "scale-negative", DOWN)
+def negative_scales_of_nvfp4(edited: Edited) -> None:
+    edited.change(f"{DOWN}.weight_scale", lambda scale: (-scale.float()).to(scale.dtype))
 
 
 @trap("nvfp4", "global-scale-zero", DOWN)
@@ -334,7 +334,7 @@ def a_cache_scale_that_is_infinite(edited: Edited) -> None:
     edited.change(f"{LAYER}.self_attn.v_scale", lambda scale: scale * torch.inf)
 
 
-@trap("packed", "zero-point-range", DOWN)
+@trap("packed", "zero-point-range", DOWN, also=("format-unread",))
 def zero_points_beyond_four_bits(edited: Edited) -> None:
     """int-quantized 4-bit weights with unpacked zero points, as compressed-tensors reads them."""
     edited.group()["targets"] = named("q", "k", "v", "o", "gate", "up")
