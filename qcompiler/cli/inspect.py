@@ -98,7 +98,7 @@ def inspect(
         print(f"wrote {html}: {len(document.nodes)} nodes")
         return
     if json:
-        print(document.find(explain).model_dump_json(indent=2) if explain else document.as_json(), end="")
+        print(document.find(explain).model_dump_json(indent=2) if explain is not None else document.as_json().rstrip())
         return
 
     from qcompiler.inspection.explain import explain_lines

@@ -119,8 +119,9 @@ def _row(node: Node, leaf: Leaf, lowered: Lowered, known: WrittenRow | None, sec
     skipped = {*names.absent, *names.aliases, *([f"{leaf.path}.weight"] if scheme is not None else [])}
     own = [f"{leaf.path}.{n}" for n, _ in module.named_parameters(recurse=leaf.kind is not LeafKind.BARE_LINEAR)]
     weights = leaf.out_features * leaf.in_features or leaf.parameters
+    if known is not None and known.scheme != (scheme.short if scheme is not None else None):
+        known, seconds = None, None  # it tells of another weight
     solver = known.solver if known else quant.solver if quant and scheme is not None else None
-    same = known is not None and known.scheme == (scheme.short if scheme is not None else None)
     row = LayerRow(
         path=leaf.path,
         kind=str(leaf.kind),
@@ -130,13 +131,13 @@ def _row(node: Node, leaf: Leaf, lowered: Lowered, known: WrittenRow | None, sec
         scheme=scheme.short if scheme is not None else None,
         format=str(scheme.format) if scheme is not None else None,
         solver=solver,
-        because=known.because if known and same else ", ".join(quant.because) if quant else "it is stored dense",
+        because=known.because if known else ", ".join(quant.because) if quant else "it is stored dense",
         bytes=packed + sum(tensor_bytes(*names.spec(path)) for path in own if path not in skipped),
         dense_bytes=leaf.parameters * source.dtype.itemsize,
         bits_per_weight=8 * packed / weights if scheme is not None else 8 * source.dtype.itemsize,
         seconds=seconds,
     )
-    if known is not None and same:
+    if known is not None:
         for field in ("error", "output_error", "nearest_output_error", "damping", "dead_columns", "ratio"):
             setattr(row, field, getattr(known, field))
         row.transform, row.transform_gain = known.transform, known.transform_gain

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -186,3 +188,18 @@ def test_a_damaged_checkpoint_is_refused(refuse: Refuse, compiled: Path, tmp_pat
     shutil.copy(compiled / shard.name, shard)
     (folder / "qcompiler.json").write_text("{", encoding="utf-8")
     refuse("inspect", folder, says=["qcompiler.json is truncated"])
+
+
+def test_a_checkout_has_a_script_of_its_own(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "tools" / "inspect_graph.py"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, script, "--help"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Usage: qcompiler inspect [OPTIONS] [MODEL]" in ran.stdout
+
+
+def test_one_node_is_printed_as_json(run: Run, graph: Path) -> None:
+    ran = run("inspect", graph, "--explain", "model.layers.0.mlp.up_proj", "--json")
+    assert json.loads(ran.out)["because"] == ["assign: rule 1"]
+    assert ran.out.endswith("}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,38 @@ def test_a_graph_in_python_is_read_as_it_is() -> None:
     assert [node.path for node in document.nodes if node.path] == [leaf.path for _, leaf in graph.leaves()]
     assert {node.kind for node in document.listed} >= {"linear", "experts"}
     assert Leaf.__name__ in document.listed[0].annotations
+
+
+def test_a_checkpoint_of_another_tool_is_read_by_its_config_and_headers(
+    stored: Document, compiled: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(compiled, tmp_path / "theirs")
+    (folder / "qcompiler.json").unlink()
+    document = read(folder)
+    assert {n.path: (n.scheme_name, n.bytes) for n in document.listed} == {
+        n.path: (n.scheme_name, n.bytes) for n in stored.listed
+    }
+    node = document.find("model.layers.0.mlp.down_proj")
+    assert (node.solver, node.because, node.measures) == ("stored", ("theirs: config.json",), None)
+    assert (document.pipeline, document.target) == (None, None)
+
+
+def test_a_report_that_does_not_fit_the_checkpoint_is_not_believed(compiled: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(compiled, tmp_path / "edited")
+    said = json.loads((folder / "qcompiler.json").read_text(encoding="utf-8"))
+    row = next(row for row in said["report"]["layers"] if row["path"] == "model.layers.1.mlp.up_proj")
+    row["scheme"] = "w:int8/channel"
+    said["pipeline"] = "name: gone\npasses: [a-pass-that-is-not-installed]\n"
+    (folder / "qcompiler.json").write_text(json.dumps(said), encoding="utf-8")
+    document = read(folder)
+    wrong, right = (document.find(f"model.layers.{layer}.mlp.up_proj") for layer in (1, 0))
+    assert (wrong.scheme_name, wrong.measures) == ("w:int4/g16", None)
+    assert right.measures is not None
+    assert right.measures.error is not None
+    assert right.because == ("assign: rule 2",)
+    told = [note.text for note in document.notes if note.kind in ("warning", "fallback")]
+    assert any("qcompiler.json says w:int8/channel, config.json and weights w:int4/g16" in text for text in told)
+    assert any("which rules lost is not known: " in text and "a-pass-that-is-not" in text for text in told)
 
 
 @pytest.mark.parametrize(
