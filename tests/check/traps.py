@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -377,12 +377,3 @@ def give_experts_zero_points(edited: Edited, *projections: str) -> None:
         name = key.removesuffix(".weight_packed")
         if name != key and name.endswith(projections):
             give_zero_points(edited, name)
-
-
-def described() -> Iterator[tuple[str, str, str]]:
-    """Every trap by its name, with its code and loaders: the table of this page."""
-    for entry in TRAPS:
-        yield entry.name, entry.code, ", ".join(entry.loaders)
-
-
-__all__ = ["TRAPS", "Trap", "described"]
