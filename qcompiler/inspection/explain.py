@@ -18,6 +18,7 @@ _Line = tuple[str, str, str]
 """A word, what is to be said of it, and the style of that."""
 
 _INDENT = 15
+_UNBOUNDED = 10_000
 _WORDS: dict[str, str] = {"decides": "bold green", "overridden": "yellow", "hidden": "yellow", "missed": "dim"}
 _RULES = (Column("rule"), Column("selects"), Column("would become"), Column("outcome"))
 
@@ -28,7 +29,7 @@ def explain_lines(document: Document, name: str, width: int) -> list[Text]:
     lines = [_title(node), *_told(_decided(document, node), width)]
     if node.candidates:
         lines += _told([("rules", "", "")], width)
-        lines += laid_out(_RULES, [_rule(candidate) for candidate in node.candidates], width, indent=4)
+        lines += _rules(node.candidates, width)
     elif node.kind in LISTED_KINDS and document.stage != "captured":
         lines += _told([("rules", "none means it, and none misses it by one key alone", "")], width)
     rest = (*_dataflow(document, node), *_groups(document, node), *_verdict(document, node), *_cost(node))
@@ -57,6 +58,19 @@ def _decided(document: Document, node: Node) -> Iterator[_Line]:
             yield "structure", f"{node.structure}: {role.get('because')}", ""
         elif node.kind in LISTED_KINDS:
             yield "structure", f"none: rules can select it by name only; {node.nearest or role.get('because')}", ""
+
+
+def _rules(candidates: Sequence[Candidate], width: int) -> Iterator[Text]:
+    """A line for each rule; where they would not fit, a paragraph."""
+    rows = [_rule(candidate) for candidate in candidates]
+    table = laid_out(_RULES, rows, _UNBOUNDED, indent=4)
+    if max(line.cell_len for line in table) <= width:
+        yield from table
+        return
+    for who, selects, becomes, outcome in rows:
+        said = f"{who.text} {selects.text} for {becomes.text}: {outcome.text}"
+        lines = textwrap.wrap(said, max(width, 24), initial_indent="    ", subsequent_indent="      ")
+        yield from (Text(line, style=outcome.style) for line in lines)
 
 
 def _rule(candidate: Candidate) -> list[Cell]:

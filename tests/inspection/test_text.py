@@ -51,6 +51,15 @@ def test_what_is_explained(name: str, document: Document, golden: Golden) -> Non
     golden(f"inspect-explain-{name.rpartition('.')[2]}", plain(explain_lines(document, name, 120)))
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_an_explanation_fits_the_width_and_names_every_rule(width: int, document: Document) -> None:
+    lines = [line.plain for line in explain_lines(document, "model.layers.3.mlp.down_proj", width)]
+    assert max(map(len, lines[1:])) <= width
+    words = " ".join(plain(explain_lines(document, "model.layers.3.mlp.down_proj", width)).split())
+    assert "assign: rule 1 {structure: mlp-output}" in words
+    assert "overridden by assign: rule 3" in words
+
+
 def test_an_observer_says_what_it_collects_and_for_whom(document: Document) -> None:
     name = next(node.name for node in document.nodes if node.observes == "l2.mlp-input.channels")
     text = plain(explain_lines(document, f"%{name}", 1000))
