@@ -196,8 +196,6 @@ def compile(
         context, graph, chosen = _prepare(request, source)
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
-        gc.collect()  # tracing leaves cycles behind
-        trim_memory()
         context.provenance |= context.source.identity()
         data.hand_out(graph, chosen, context)
         run_streaming_passes(graph, chosen, context, show=show)
@@ -234,6 +232,8 @@ def _prepare(request: _Request, source: ModelSource, visit: Visitor = _unseen) -
     request.progress("capture", 0, 0)
     start = perf_counter()
     graph, notes = capture_and_prove(source.model, trust_remote_code=request.trust_remote_code)
+    gc.collect()  # tracing leaves cycles behind
+    trim_memory()
     report.timings.append(Timing("capture", perf_counter() - start))
     for note in (*notes, *unplaced(graph)):
         report.info(note)

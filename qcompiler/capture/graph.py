@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from torch import fx
 from transformers import PreTrainedModel
 
 from qcompiler.capture.buffers import non_persistent_buffers
 from qcompiler.capture.export import export
 from qcompiler.capture.raising import raise_leaves
 from qcompiler.capture.roles import annotate_roles
+from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 
 
@@ -20,7 +22,7 @@ def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
     exported = export(model, repeat=repeat)
     raise_leaves(exported.graph, model)
     graph = Graph(
-        exported.graph,
+        _without_erased(exported.graph),
         model,
         constants=exported.constants,
         buffers=non_persistent_buffers(model),
@@ -29,3 +31,12 @@ def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
     )
     annotate_roles(graph)
     return graph
+
+
+def _without_erased(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same names. The namespace of a graph keeps every node that ever was: half of them are erased."""
+    fresh = fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes:
+        copies[node] = fresh.node_copy(node, copies.__getitem__)
+    return fresh

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+from torch import fx
 
 from qcompiler.capture import capture_and_prove, capture_graph
 from qcompiler.ir.partition import partitions
@@ -24,3 +27,10 @@ def test_a_layers_router_is_read_with_its_layer() -> None:
     for part in parts:
         read = [str(node.target) for node in part.nodes if node.op == "get_attr" and "gate" in str(node.target)]
         assert read == ([] if part.layer is None else [f"model.layers.{part.layer}.mlp.gate.weight"])
+
+
+def test_nodes_that_capture_erased_are_gone() -> None:
+    graph = capture_graph(on_meta("llama", layers=5))
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing) is fx.Node and thing.graph is graph.fx]
+    assert len(left) == len(graph.nodes) + 1  # and the root of its list
