@@ -7,8 +7,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
+
 from qcompiler.arguments import check_rows, check_type
 from qcompiler.data import CalibrationSpec, TokenData, load_calibration
+from qcompiler.data.spec import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from qcompiler.errors import ConfigError, DataError
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import observe
@@ -22,8 +25,12 @@ CalibrationLike = str | Path | CalibrationSpec | Iterable[Any]
 class CalibrationData:
     """What a compilation is given to calibrate with, beside what runs bring themselves."""
 
-    def __init__(self, calibration: CalibrationLike | None, sampling: CalibrationSpec | None) -> None:
-        self._spec, self._rows = _sampled(calibration, sampling)
+    def __init__(
+        self, calibration: CalibrationLike | None, sampling: CalibrationSpec | None, device: torch.device
+    ) -> None:
+        spec, self._rows = _sampled(calibration, sampling)
+        self._device = device
+        self._spec = self._batched(spec)
         self._read: dict[tuple[CalibrationSpec, bool], TokenData] = {}
 
     def read_ahead(self, pipeline: Pipeline, source: ModelSource) -> None:
@@ -33,7 +40,7 @@ class CalibrationData:
         """
         if not any(item.may_measure() for item in pipeline.flat()):
             return
-        for spec in map(_own, sweeps(pipeline)):
+        for spec in map(self._own, sweeps(pipeline)):
             if spec is not None:
                 self._tokens(spec, None, source)
             elif self._spec is not None:
@@ -47,7 +54,7 @@ class CalibrationData:
         report = context.report
         runs: dict[int, CalibrationSpec | None] = {}
         for run, items in enumerate(sweeps(pipeline), 1):
-            own = _own(items)
+            own = self._own(items)
             if any(item.measures(graph, run) for item in items):
                 runs[run] = own
             elif own is not None:
@@ -87,10 +94,15 @@ class CalibrationData:
             )
         return self._read[key]
 
+    def _own(self, items: list[StreamingPass]) -> CalibrationSpec | None:
+        """The data that a sweep of these passes brings itself."""
+        return self._batched(next((spec for item in items if (spec := item.calibration_data())), None))
 
-def _own(items: list[StreamingPass]) -> CalibrationSpec | None:
-    """The data that a sweep of these passes brings itself."""
-    return next((spec for item in items if (spec := item.calibration_data())), None)
+    def _batched(self, spec: CalibrationSpec | None) -> CalibrationSpec | None:
+        if spec is None or spec.batch_tokens is not None:
+            return spec
+        tokens = CPU_BATCH_TOKENS if self._device.type == "cpu" else DEVICE_BATCH_TOKENS
+        return spec.model_copy(update={"batch_tokens": tokens})
 
 
 def _use(spec: CalibrationSpec, data: TokenData, graph: Graph, context: Context, what: str) -> dict[str, object]:

@@ -181,7 +181,7 @@ def compile(
         check_apart(destination.folder, given)  # before anything that would advise to delete the output
     check_output(destination.folder, overwrite=overwrite)
     where = _device(device)
-    data = CalibrationData(calibration, sampling)
+    data = CalibrationData(calibration, sampling, where)
     chosen = load_pipeline(pipeline)
     if not any(item.ensures is Stage.LOWERED for item in chosen.flat()):
         raise ConfigError(f"pipeline {chosen.name} writes nothing: it has no `lower`", hint="put `- lower` at its end")

@@ -110,8 +110,9 @@ def compile(
     shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Draw rows in random order.")] = True,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="What that order is drawn from.")] = 0,
     batch_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens that are run at once, at most.")
-    ] = 16384,
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens run at once, at most; default: 1024 on a CPU, else 16384."),
+    ] = None,
     target: TargetOption = None,
     dtype: DtypeOption = "auto",
     device: Annotated[

@@ -12,7 +12,7 @@ from typing import Any
 from qcompiler.data.batches import TokenData, build
 from qcompiler.data.encode import LazyTokenizer, RowEncoder
 from qcompiler.data.sources import in_order, open_source
-from qcompiler.data.spec import DEFAULT_BATCH_TOKENS, CalibrationSpec
+from qcompiler.data.spec import CPU_BATCH_TOKENS, CalibrationSpec
 from qcompiler.errors import DataError
 
 
@@ -56,7 +56,7 @@ def load_calibration(
     if cut:
         notes.append(f"cut {cut} of {len(samples)} samples to {length} tokens")
     samples = [ids[:length] for ids in samples]
-    return build(samples, batch_tokens=spec.batch_tokens, sequence_length=length, notes=notes)
+    return build(samples, batch_tokens=spec.batch_tokens or CPU_BATCH_TOKENS, sequence_length=length, notes=notes)
 
 
 def load_evaluation(
@@ -71,7 +71,7 @@ def load_evaluation(
     split: str | None = None,
     text_column: str | None = None,
     sequences: int | None = None,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int = CPU_BATCH_TOKENS,
     trust_remote_code: bool = False,
 ) -> TokenData:
     """Contiguous windows of `sequence_length` tokens that do not overlap: the first `sequences`, or all there are.

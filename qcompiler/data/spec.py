@@ -8,7 +8,10 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from qcompiler.options import Options
 
-DEFAULT_BATCH_TOKENS = 16384
+CPU_BATCH_TOKENS = 1024
+"""What caches hold of: larger batches are no faster there, and take more memory."""
+DEVICE_BATCH_TOKENS = 16384
+"""Few calls, each large."""
 
 
 class CalibrationSpec(Options):
@@ -38,5 +41,6 @@ class CalibrationSpec(Options):
     shuffle: bool = True
     """Rows in an order drawn from `seed`; what is streamed (files but .txt, the hub) is shuffled in a buffer."""
     seed: NonNegativeInt = 0
-    batch_tokens: PositiveInt = DEFAULT_BATCH_TOKENS
-    """A batch holds at most this many tokens, padding included (and at least one sample)."""
+    batch_tokens: PositiveInt | None = None
+    """A batch holds at most this many tokens, padding included (and at least one sample). Default: 1024 where the
+    model runs on a CPU, else 16384."""

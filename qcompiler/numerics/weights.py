@@ -138,6 +138,15 @@ def multiplied_out(quantized: QuantizedTensor) -> Tensor:
     return out
 
 
+def difference(weight: Tensor, quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Q - W, [O, I]: what `quantized` stands for (in float32) less the weight it came from, rounded to `dtype` once."""
+    scale = scale_value(quantized.scale, quantized.spec, quantized.global_scale)
+    out = torch.empty(quantized.shape, dtype=dtype, device=weight.device)
+    for piece in pieces(quantized.spec, quantized.shape, out.device):
+        piece.elements(out).copy_(_values(piece, quantized, scale).sub_(piece.elements(weight)))
+    return out
+
+
 def _values(piece: Piece, quantized: QuantizedTensor, scale: Tensor) -> Tensor:
     values = decode(piece.elements(quantized.codes), quantized.spec, torch.float32)
     if quantized.zero_point is not None:

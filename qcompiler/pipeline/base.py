@@ -8,7 +8,7 @@ the next is touched, and memory does not grow with depth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -126,10 +126,13 @@ class Solved:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What observers collected in one partition, by id: ranges of activations, Hessians, and what channels are like."""
+    """What observers collected in one partition, by id: ranges of activations, Hessians, and what channels are like.
+
+    Hessians are large: the step that solves by them takes them out.
+    """
 
     ranges: Mapping[str, Statistic] = field(default_factory=dict)
-    hessians: Mapping[str, HessianStatistic] = field(default_factory=dict)
+    hessians: MutableMapping[str, HessianStatistic] = field(default_factory=dict)
     channels: Mapping[str, ChannelStatistic] = field(default_factory=dict)
 
 

@@ -122,6 +122,7 @@ def _run_partition(
     if flow is not None:
         # Without propagation, what later partitions read is what this one computes now: one run does for both.
         work.statistics = _collect(flow, work, keep=not propagates and not flow.final)
+        trim_memory()  # the room that activations took
         spent.parts["forward: collect"] += clock.lap()
     for number, step in enumerate(steps):
         step.partition(work)
@@ -180,9 +181,14 @@ def _collect(flow: _Flow, work: PartitionWork, *, keep: bool) -> Statistics:
     `keep` what later partitions read.
     """
     watched = flow.watched
+    columns = {leaf.path: leaf.in_features for node in work.partition.nodes if (leaf := get(node, Leaf))}
     found = Statistics(
         ranges={o.id: Statistic(o) for o in watched.values() if isinstance(o, Observer)},
-        hessians={o.id: HessianStatistic(o) for o in watched.values() if isinstance(o, HessianObserver)},
+        hessians={
+            o.id: HessianStatistic(o, columns=columns.get(o.consumers[0], 0), device=flow.stream.device)
+            for o in watched.values()
+            if isinstance(o, HessianObserver)
+        },
         channels={o.id: ChannelStatistic(o) for o in watched.values() if isinstance(o, ChannelObserver)},
     )
     by_id: dict[str, Statistic | HessianStatistic | ChannelStatistic] = {

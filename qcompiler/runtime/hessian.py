@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 
 from qcompiler.ir.annotations import HessianObserver
+from qcompiler.numerics import add_gram
 from qcompiler.runtime.tokens import not_finite, real_tokens, unreached
 
 _BLOCK = 512
-"""Columns that are multiplied at once: only blocks on and right of the diagonal are computed, and mirrored at last."""
+"""Columns that are mirrored at once."""
+_TOKENS = 2048
+"""Tokens that are brought to float32 at once."""
 
 
 class HessianStatistic:
     """X^T X over all real tokens, accumulated in float32."""
 
-    def __init__(self, observer: HessianObserver) -> None:
+    def __init__(self, observer: HessianObserver, *, columns: int = 0, device: torch.device | None = None) -> None:
+        """With `columns`, memory is taken at once: it lasts, and is best not found between what comes and goes."""
         self.observer = observer
         self.tokens = 0
-        self._half: Tensor | None = None
+        self._sum = torch.zeros(columns, columns, device=device) if columns else None
+        self._mirrored = False
 
     def update(self, x: Tensor, mask: Tensor) -> None:
         """Take in `x` ([B, S, ..., I] or [B * S, I], any float dtype) where `mask` (bool [B, S]) is true.
@@ -31,20 +36,28 @@ class HessianStatistic:
         tokens = real_tokens(x, mask)
         if not len(tokens):
             return
-        size = tokens.shape[1]
-        if self._half is None:
-            self._half = torch.zeros(size, size, device=x.device)
-        values = tokens.float()
+        if self._sum is None:
+            self._sum = torch.zeros(tokens.shape[1], tokens.shape[1], device=x.device)
+        self._mirrored = False
         with _narrow_products(tokens.dtype, tokens.device):
-            for start in range(0, size, _BLOCK):
-                rows = slice(start, min(start + _BLOCK, size))
-                self._half[rows, start:].addmm_(values[:, rows].t(), values[:, start:])
+            for part in torch.split(tokens, _TOKENS):
+                add_gram(self._sum, part.float())
         self.tokens += len(tokens)
 
     def value(self) -> Tensor:
-        """X^T X, float32 [I, I]. Raises `DataError` where no token came by, or where the inputs were not finite."""
-        upper = self._checked().triu()
-        return upper.add_(upper.triu(1).t())
+        """X^T X, float32 [I, I]: what this holds, not a copy.
+
+        Raises `DataError` where no token came by, or where the inputs were not finite.
+        """
+        found = self._checked()
+        if not self._mirrored:
+            for start in range(0, len(found), _BLOCK):
+                stop = min(start + _BLOCK, len(found))
+                own = found[start:stop, start:stop]
+                own.copy_(own.triu() + own.triu(1).t())
+                found[stop:, start:stop] = found[start:stop, stop:].t()
+            self._mirrored = True
+        return found
 
     def diagonal(self) -> Tensor:
         """The sum of squares of each input, float32 [I]. Raises as `value` does."""
@@ -55,11 +68,11 @@ class HessianStatistic:
         self._checked().div_(scale.unsqueeze(1)).div_(scale)
 
     def _checked(self) -> Tensor:
-        if self._half is None:
+        if self._sum is None or not self.tokens:
             raise unreached(self.observer.consumers, "use more calibration data, or solver rtn for it")
-        if not bool(self._half.diagonal().isfinite().all()):
+        if not bool(self._sum.diagonal().isfinite().all()):
             raise not_finite(self.observer.consumers)
-        return self._half
+        return self._sum
 
 
 @contextmanager

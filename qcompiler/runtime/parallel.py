@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from qcompiler.runtime.memory import trim_memory
 
 T = TypeVar("T")
+P = TypeVar("P")
 R = TypeVar("R")
 
 
@@ -24,14 +26,48 @@ def in_parallel(
     thread computes does not depend on how many there are. Large items (by `size`) are begun first. Torch's number of
     threads is restored. Raises what the first failing item raised.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(items) < 2:
+    if _alone(device) or len(items) < 2:
         return [work(item) for item in items]
     order = sorted(range(len(items)), key=lambda index: -size(items[index]))
+    with _one_thread_each() as pool:
+        results = dict(zip(order, pool.map(lambda index: work(items[index]), order), strict=True))
+    return [results[index] for index in range(len(items))]
+
+
+def in_parallel_parts(
+    prepare: Callable[[T], Sequence[P]], work: Callable[[P], R], items: Sequence[T], *, device: torch.device
+) -> list[R]:
+    """`[work(part) for item in items for part in prepare(item)]`, side by side as in `in_parallel`.
+
+    All items are prepared first, in order; the parts of each are begun as soon as it is, and threads are free.
+    """
+    if _alone(device):
+        return [work(part) for item in items for part in prepare(item)]
+    found: dict[int, list[Future[R]]] = {}
+    with _one_thread_each() as pool:
+        prepared = {pool.submit(prepare, item): index for index, item in enumerate(items)}
+        try:
+            while prepared:
+                for ready in wait(prepared, return_when=FIRST_COMPLETED).done:
+                    # What a part needs goes with it: nothing else keeps what was prepared.
+                    found[prepared.pop(ready)] = [pool.submit(work, part) for part in ready.result()]
+            return [part.result() for index in range(len(items)) for part in found[index]]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _alone(device: torch.device) -> bool:
+    return device.type != "cpu" or torch.get_num_threads() == 1
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, and torch with one in each of them."""
+    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = dict(zip(order, pool.map(lambda index: work(items[index]), order), strict=True))
+            yield pool
     finally:
         torch.set_num_threads(threads)
         trim_memory()  # what the threads' own heaps keep
-    return [results[index] for index in range(len(items))]

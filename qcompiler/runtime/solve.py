@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from time import perf_counter
 from typing import Literal, TypeVar
 
@@ -26,31 +25,18 @@ from qcompiler.numerics import (
 )
 from qcompiler.patterns.place import blocked, rescales
 from qcompiler.pipeline.base import Context, PartitionStep, PartitionWork, Solved
+from qcompiler.runtime import gptq
 from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.runtime.transform import Measured, Transformed, transform
-from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq, stacked
-from qcompiler.solvers.options import GptqOptions
 from qcompiler.transforms.options import AwqOptions
 
 ScaleChoice = Literal["minmax", "mse", "importance"]
 Item = tuple[Node, Quant]
-# Stacking saves calls: on a CPU they cost little next to many rows, which are better spread over the cores.
-_STACKED_ROWS = 2048
-_STACKED_ROWS_DEVICE = 16384
 R = TypeVar("R")
 S = TypeVar("S", Statistic, HessianStatistic, ChannelStatistic)
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    path: str
-    solved: Solved
-    error: WeightError
-    outcome: Outcome | None
-    seconds: float
 
 
 def solved_by(graph: Graph, run: int) -> frozenset[str]:
@@ -87,37 +73,30 @@ class SolveStep(PartitionStep):
         channels = _by_consumer(work.statistics.channels.values())
         self._transform(todo, work, Measured(ranges, hessians, channels))
         globals_ = _global_scales(todo, work.weights)
-        factored = self._factor(todo, hessians)
 
-        def nearest(item: Item) -> QuantizedTensor:
+        def nearest(item: Item) -> tuple[str, QuantizedTensor, float]:
             node, quant = item
-            path = need(node, Leaf).path
+            path, start = need(node, Leaf).path, perf_counter()
             importance = self._importance(path, quant, hessians, channels)
-            return self._nearest(path, work.weights[f"{path}.weight"], quant, globals_.get(node), importance)
+            weight = work.weights[f"{path}.weight"]
+            return path, self._nearest(path, weight, quant, globals_.get(node), importance), perf_counter() - start
 
-        def solve(stack: Sequence[Item]) -> list[_Done]:
-            start = perf_counter()
-            paths = [need(node, Leaf).path for node, _ in stack]
-            weights = [work.weights[f"{path}.weight"] for path in paths]
-            rounded = [nearest(item) for item in stack]
-            found: Sequence[tuple[QuantizedTensor, Outcome | None]] = [(solved, None) for solved in rounded]
-            options = stack[0][1].options
-            if paths[0] in factored and options is not None:
-                found = gptq(weights, factored[paths[0]], rounded, options)
-            errors = [weight_error(weight, solved) for weight, (solved, _) in zip(weights, found, strict=True)]
-            for path in paths:
-                work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
-            seconds = (perf_counter() - start) / sum(weight.numel() for weight in weights)
-            return [
-                _Done(path, self._with_input(solved, ranges.get(path)), error, outcome, seconds * weight.numel())
-                for path, weight, (solved, outcome), error in zip(paths, weights, found, errors, strict=True)
-            ]
+        rounded = self._in_parallel(nearest, todo)
+        work.statistics.hessians.clear()  # `hessians` has them, and lets go of each that is used up
+        codes = {path: solved for path, solved, _ in rounded}
+        results = self._gptq(todo, codes, work.weights, hessians)
 
-        stacks = self._stacks(todo, factored)
-        for done in chain.from_iterable(self._in_parallel(solve, stacks)):
-            work.solved[done.path] = done.solved
-            work.altered.discard(f"{done.path}.weight")
-            self._tell(done)
+        def error(item: Item) -> WeightError:
+            path = need(item[0], Leaf).path
+            found = weight_error(work.weights[f"{path}.weight"], codes[path])
+            work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
+            return found
+
+        errors = self._in_parallel(error, todo)
+        for (_, quant), (path, solved, seconds), found in zip(todo, rounded, errors, strict=True):
+            work.solved[path] = self._with_input(solved, ranges.get(path))
+            work.altered.discard(f"{path}.weight")
+            self._tell(path, quant, found, seconds, results.get(path))
         for statistic in work.statistics.ranges.values():
             if statistic.observer.purpose != "input":
                 work.caches[statistic.observer], _ = statistic.qparams(self._context.source.dtype)
@@ -165,47 +144,23 @@ class SolveStep(PartitionStep):
             self._tell_transformed(result, perf_counter() - start)
         self._context.report.tell_rescaled(work.altered)
 
-    def _in_parallel(self, solve: Callable[[Sequence[Item]], R], stacks: Sequence[Sequence[Item]]) -> list[R]:
-        def size(stack: Sequence[Item]) -> int:
-            return sum(need(node, Leaf).parameters for node, _ in stack)
+    def _in_parallel(self, work: Callable[[Item], R], items: Sequence[Item]) -> list[R]:
+        return in_parallel(work, items, device=self._context.device, size=_size)
 
-        return in_parallel(solve, stacks, device=self._context.device, size=size)
-
-    def _stacks(self, todo: Sequence[Item], factored: Mapping[str, Factored]) -> list[list[Item]]:
-        """Linears that are solved as one matrix: those of one factored Hessian and one spec, up to so many rows."""
-        limit = _STACKED_ROWS if self._context.device.type == "cpu" else _STACKED_ROWS_DEVICE
-        keys, rows = [], []
-        for node, quant in todo:
-            leaf = need(node, Leaf)
-            assert quant.scheme is not None
-            shared = factored.get(leaf.path)
-            keys.append(node if shared is None else (id(shared), quant.scheme.weights))
-            rows.append(leaf.out_features)
-        return [[todo[index] for index in stack] for stack in stacked(keys, rows, limit)]
-
-    def _factor(self, todo: Sequence[Item], hessians: Mapping[str, HessianStatistic]) -> dict[str, Factored]:
-        """The factored Hessian of each linear that is solved with one: one for all that read the same tensor."""
-        wanted = {
-            p: quant.options for node, quant in todo if (p := need(node, Leaf).path) in hessians and quant.options
-        }
-        jobs = list(dict.fromkeys((hessians[path], options) for path, options in wanted.items()))
-
-        def run(job: tuple[HessianStatistic, GptqOptions]) -> Factored:
-            statistic, options = job
-            try:
-                return factor(statistic.value(), options)
-            except ValueError as error:
-                raise DataError(
-                    f"{', '.join(statistic.observer.consumers)} cannot be solved: {error}",
-                    hint="use more calibration data, a larger damping, or solver rtn",
-                ) from error
-
-        made = dict(zip(jobs, in_parallel(run, jobs, device=self._context.device), strict=True))
-        found = {path: made[hessians[path], options] for path, options in wanted.items()}
-        for path, options in wanted.items():
-            if (used := found[path].damping) > options.damping:
-                self._damped[options.damping, used].append(path)
-        return found
+    def _gptq(
+        self,
+        todo: Sequence[Item],
+        rounded: Mapping[str, QuantizedTensor],
+        weights: Mapping[str, Tensor],
+        hessians: dict[str, HessianStatistic],
+    ) -> dict[str, gptq.Result]:
+        asked = {need(node, Leaf).path: quant.options for node, quant in todo}
+        jobs = [
+            gptq.Job(path, weights[f"{path}.weight"], rounded[path], options)
+            for path, options in asked.items()
+            if options is not None and path in hessians
+        ]
+        return gptq.solve(jobs, hessians, self._context.device)
 
     def _importance(
         self,
@@ -248,14 +203,18 @@ class SolveStep(PartitionStep):
         scale, zero = statistic.qparams(self._context.source.dtype)
         return Solved(rounded, input_scale=scale, input_zero_point=zero)
 
-    def _tell(self, done: _Done) -> None:
-        row = self._context.report.row(done.path)
-        row.error = done.error.relative
-        row.seconds = (row.seconds or 0.0) + done.seconds
-        if (outcome := done.outcome) is None:
+    def _tell(self, path: str, quant: Quant, error: WeightError, seconds: float, result: gptq.Result | None) -> None:
+        row = self._context.report.row(path)
+        row.error = error.relative
+        row.seconds = (row.seconds or 0.0) + seconds
+        if result is None or quant.options is None:
             return
+        outcome = result.outcome
+        row.seconds += result.seconds
         row.output_error, row.nearest_output_error = outcome.relative(outcome.error), outcome.relative(outcome.before)
         row.damping, row.dead_columns = outcome.damping, outcome.dead_columns
+        if outcome.damping > quant.options.damping:
+            self._damped[quant.options.damping, outcome.damping].append(path)
 
     def _tell_transformed(self, result: Transformed, seconds: float) -> None:
         for path in result.rescale.asked:
@@ -281,6 +240,10 @@ def _global_scales(todo: list[Item], weights: Mapping[str, Tensor]) -> dict[Node
         amax = torch.stack([weight_amax(weights[f"{need(n, Leaf).path}.weight"]) for n in nodes]).max()
         found |= dict.fromkeys(nodes, nvfp4_global_scale(amax))
     return found
+
+
+def _size(item: Item) -> int:
+    return need(item[0], Leaf).parameters
 
 
 def _by_consumer(statistics: Iterable[S]) -> dict[str, S]:

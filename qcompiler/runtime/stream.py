@@ -43,7 +43,7 @@ class Stream:
     ) -> None:
         self._graph = graph
         self._batches = batches
-        self._device = device
+        self.device = device
         self._tokens = depends_on_tokens(graph)
         # A value that is written in place cannot be shared between batches.
         if any(mutates(node) for node in graph.nodes if node not in self._tokens):
@@ -98,14 +98,14 @@ class Stream:
         keep: Iterable[Node],
         handlers: Mapping[Any, Handler],
     ) -> dict[Node, Any]:
-        here = {node: _to(value, self._device) for node, value in values.items()}
+        here = {node: _to(value, self.device) for node, value in values.items()}
         with torch.no_grad():
             kept = evaluate(
                 nodes,
                 here,
                 root=self._graph.model,
                 tensors=weights,
-                device=self._device,
+                device=self.device,
                 keep=keep,
                 handlers=handlers,
             )

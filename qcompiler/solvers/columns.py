@@ -7,6 +7,7 @@ lies in buffers that are made once, and layers can be stacked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,19 +24,30 @@ if TYPE_CHECKING:
 _INNER = 32
 
 
-def solve(
-    weights: Sequence[Tensor], nearest: Sequence[QuantizedTensor], factored: Factored, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Codes [O, I] of the stacked weights (each [O_k, I]), and each row's tr(e H e^T) (float64 [O]), e its error.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a weight [O, I], and its rounding to nearest: there, their codes become those that are solved."""
+
+    weight: Tensor
+    nearest: QuantizedTensor
+    rows: slice
+
+    @property
+    def count(self) -> int:
+        return len(range(*self.rows.indices(self.nearest.shape[0])))
+
+
+def solve(stack: Sequence[Rows], factored: Factored, block_size: int) -> Tensor:
+    """Solve rows as one matrix, into the codes of their `nearest`: each row's tr(e H e^T) (float64), e its error.
 
     With the rounding errors R, (W - Q)(I + U) = R, so the loss under the damped Hessian is R D R^T: what the damping
     counts is taken off again. That needs no product with the Hessian.
     """
-    state = _transposed(weights, factored.order)  # what was solved becomes its error in place
+    state = _transposed(stack, factored.order)  # what was solved becomes its error in place
     columns, rows = state.shape
-    codes = torch.empty(columns, rows, dtype=nearest[0].codes.dtype, device=state.device)
+    codes = torch.empty(columns, rows, dtype=stack[0].nearest.codes.dtype, device=state.device)
     losses = torch.zeros(rows, dtype=torch.float64, device=state.device)
-    inner = _Inner(nearest, rows, state.device)
+    inner = _Inner(stack, rows, state.device)
     places, feedback = factored.order.tolist(), factored.feedback
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -52,34 +64,38 @@ def solve(
             codes[here].copy_(inner.codes(last - first))
             losses += rounding.square_().t() @ factored.diagonal[here]
             losses -= state[here].square().t() @ factored.added[here]
-    return _in_place(codes, factored.order), losses
+    _keep(codes, factored.order, stack)
+    return losses
 
 
-def _transposed(weights: Sequence[Tensor], order: Tensor) -> Tensor:
+def _transposed(stack: Sequence[Rows], order: Tensor) -> Tensor:
     """The stacked weights in float32, by column, in the order of solving: [I, O]."""
-    state = torch.empty(len(order), sum(len(weight) for weight in weights), device=order.device)
+    state = torch.empty(len(order), sum(part.count for part in stack), device=order.device)
     first = 0
-    for weight in weights:
+    for part in stack:
         # Transposed first: rows are several times faster to gather than columns.
-        state[:, first : first + len(weight)] = weight.t().contiguous().index_select(0, order)
-        first += len(weight)
+        state[:, first : first + part.count] = part.weight[part.rows].t().contiguous().index_select(0, order)
+        first += part.count
     return state
 
 
-def _in_place(codes: Tensor, order: Tensor) -> Tensor:
-    """Codes by column, in the order of solving, as [O, I]."""
+def _keep(codes: Tensor, order: Tensor, stack: Sequence[Rows]) -> None:
+    """Codes by column, in the order of solving, to where the rows lie. As bytes: not all of torch knows float8."""
     by_column = codes.view(torch.uint8).index_select(0, torch.argsort(order))
-    return by_column.t().contiguous().view(codes.dtype)
+    first = 0
+    for part in stack:
+        part.nearest.codes.view(torch.uint8)[part.rows] = by_column[:, first : first + part.count].t()
+        first += part.count
 
 
 class _Inner:
     """Up to 32 columns, in buffers [32, O] with a view for each column and for those before it."""
 
-    def __init__(self, nearest: Sequence[QuantizedTensor], rows: int, device: torch.device) -> None:
-        self._spec = nearest[0].spec
+    def __init__(self, stack: Sequence[Rows], rows: int, device: torch.device) -> None:
+        self._spec = stack[0].nearest.spec
         self._integer = self._spec.type == "int"
         self._low, self._high = code_range(self._spec)
-        self._scale, self._zero, self._wide = _grid(nearest)
+        self._scale, self._zero, self._wide = _grid(stack)
         self._wanted, self._original, self._error, self._values = torch.empty(4, _INNER, rows, device=device).unbind()
         self._product = torch.empty(rows, device=device)
         self._feedback = torch.empty(_INNER, _INNER, device=device)
@@ -124,13 +140,17 @@ class _Inner:
         return round_to_codes(self._values[:count], self._spec)
 
 
-def _grid(nearest: Sequence[QuantizedTensor]) -> tuple[list[Tensor], list[Tensor] | None, int]:
+def _grid(stack: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, int]:
     """Scales and zero points [O] (float32) of each span of columns, and how wide a span is."""
-    spec, columns = nearest[0].spec, nearest[0].shape[1]
-    scale = torch.cat([_by_span(q, scale_value(q.scale, spec, q.global_scale)) for q in nearest], dim=1)
-    zeros = [_by_span(q, q.zero_point.float()) for q in nearest if q.zero_point is not None]
+    spec, columns = stack[0].nearest.spec, stack[0].nearest.shape[1]
+    scales, zeros = [], []
+    for part in stack:
+        nearest = part.nearest
+        scales.append(_by_span(nearest, scale_value(nearest.scale, spec, nearest.global_scale))[:, part.rows])
+        if nearest.zero_point is not None:
+            zeros.append(_by_span(nearest, nearest.zero_point.float())[:, part.rows])
     wide = spec.group_size or (columns if spec.block_structure is None else spec.block_structure[1])
-    return list(scale.unbind()), list(torch.cat(zeros, dim=1).unbind()) if zeros else None, wide
+    return list(torch.cat(scales, dim=1).unbind()), list(torch.cat(zeros, dim=1).unbind()) if zeros else None, wide
 
 
 def _by_span(quantized: QuantizedTensor, grid: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ Scales are fixed before the first column, whatever the order ("static" activatio
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qcompiler.numerics import QuantizedTensor, multiplied_out, quadratic_form
-from qcompiler.solvers.columns import solve
+from qcompiler.numerics import QuantizedTensor, difference, quadratic_form
+from qcompiler.solvers.cholesky import cholesky_, reorder_, reverse_
+from qcompiler.solvers.columns import Rows, solve
 from qcompiler.solvers.options import MAX_DAMPING, GptqOptions
 
 
@@ -45,7 +46,6 @@ class Factored:
     In the order of solving: `feedback` is U [I, I], `diagonal` is D [I], `added` [I] is what was added to the Hessian.
     """
 
-    hessian: Tensor
     order: Tensor
     feedback: Tensor
     diagonal: Tensor
@@ -55,56 +55,60 @@ class Factored:
 
 
 def factor(hessian: Tensor, options: GptqOptions) -> Factored:
-    """Order, damp and factor a Hessian X^T X over the inputs X [tokens, I] of a layer: float32 [I, I], not changed.
+    """Order, damp and factor a Hessian X^T X over the inputs X [tokens, I] of a layer: float32 [I, I], contiguous.
 
-    Raises `ValueError` where it is not finite, or not positive even with a damping of 1.
+    The Hessian is used up: its memory becomes the factor's. Raises `ValueError` where it is not finite, or not
+    positive even with a damping of 1.
     """
     if not bool(hessian.diagonal().isfinite().all()):
         raise ValueError("the Hessian has NaN or infinite values")
     order = _order(hessian, options)
-    damped = hessian[order][:, order]
-    own = damped.diagonal().clone()
+    # The factor wanted is upper triangular from the last column on: that is Cholesky's of the reversed matrix.
+    reorder_(hessian, order.flip(0))
+    own = hessian.diagonal().flip(0)
     dead = own == 0
-    damped.diagonal()[dead] = 1  # their rows and columns are zero, so they feed nothing
-    feedback, diagonal, damping = _factor(damped, options.damping)
-    added = damped.diagonal() - own
+    alive = torch.where(dead, 1.0, own)  # rows and columns of dead ones are zero, so they feed nothing
+    damping = options.damping
+    while not cholesky_(hessian, (damped := alive + damping * alive.mean()).flip(0)):
+        if damping >= MAX_DAMPING:
+            raise ValueError(f"the Hessian is not positive definite even with a damping of {damping:g}")
+        damping = min(10 * damping, MAX_DAMPING)
+    feedback = reverse_(hessian).mT
+    roots = feedback.diagonal().clone()
+    feedback.div_(roots).fill_diagonal_(0)
+    diagonal, added = roots.square(), damped - own
     diagonal[dead], added[dead] = 0, 0  # they cost nothing
-    return Factored(hessian, order, feedback, diagonal, added, damping, int(dead.sum()))
+    return Factored(order, feedback, diagonal, added, damping, int(dead.sum()))
 
 
-def gptq(
-    weights: Sequence[Tensor], factored: Factored, nearest: Sequence[QuantizedTensor], options: GptqOptions
-) -> list[tuple[QuantizedTensor, Outcome]]:
-    """Round weights (each [O_k, I]) that read the same inputs, to one spec, as one matrix.
+def gptq(stack: Sequence[Rows], factored: Factored, options: GptqOptions) -> list[float]:
+    """Round rows of weights that read the same inputs, to one spec, as one matrix: the error of each part's output.
 
-    Scales and zero points are those of `nearest`, their rounding to nearest. Rows do not depend on one another, so this
-    gives what it gives for each alone, in fewer steps; to the bit where the numbers of rows are multiples of 16 (a BLAS
-    may sum the rows that fill no vector in another order). An input that is always zero (a dead column) is rounded to
-    nearest, where the paper sets its weights to zero: both give the same output.
+    The codes of each part's `nearest` become the solved ones; its scales and zero points stay. Rows do not depend on
+    one another, so this gives what it gives for each alone, in fewer steps; to the bit where the numbers of rows are
+    multiples of 16 (a BLAS may sum the rows that fill no vector in another order). An input that is always zero (a dead
+    column) is rounded to nearest, where the paper sets its weights to zero: both give the same output.
     """
-    codes, losses = solve(weights, nearest, factored, options.block_size)
-    found, first = [], 0
-    for weight, start in zip(weights, nearest, strict=True):
-        rows = slice(first, first + len(weight))
-        before, size = output_error(weight, start, factored.hessian), output_size(weight, factored.hessian)
-        error = max(float(losses[rows].sum()), 0.0)
-        outcome = Outcome(error, before, size, factored.damping, factored.dead_columns)
-        found.append((replace(start, codes=codes[rows]), outcome))
-        first = rows.stop
-    return found
+    losses = solve(stack, factored, options.block_size)
+    return [float(part.sum()) for part in torch.split(losses, [part.count for part in stack])]
 
 
-def stacked(keys: Sequence[Hashable], rows: Sequence[int], limit: int) -> list[list[int]]:
-    """Which layers (by index) to solve together: those of one key, in order, as many as have `limit` rows in all."""
-    stacks: list[list[int]] = []
-    open_: dict[Hashable, tuple[list[int], int]] = {}
+def stacked(keys: Sequence[Hashable], rows: Sequence[int], limit: int) -> list[list[tuple[int, slice]]]:
+    """Which rows to solve together: of layers (by index) of one key, in order, as many as have `limit` rows in all.
+
+    A layer with more rows is cut. Solving is then balanced over threads, and its memory that of so many rows.
+    """
+    stacks: list[list[tuple[int, slice]]] = []
+    open_: dict[Hashable, tuple[list[tuple[int, slice]], int]] = {}
     for index, (key, count) in enumerate(zip(keys, rows, strict=True)):
-        stack, height = open_.get(key, ([], limit))
-        if height + count > limit:
-            stack, height = [], 0
-            stacks.append(stack)
-        stack.append(index)
-        open_[key] = stack, height + count
+        for first in range(0, count, limit):
+            part = slice(first, min(first + limit, count))
+            stack, height = open_.get(key, ([], limit))
+            if height + part.stop - first > limit:
+                stack, height = [], 0
+                stacks.append(stack)
+            stack.append((index, part))
+            open_[key] = stack, height + part.stop - first
     return stacks
 
 
@@ -114,31 +118,18 @@ def _order(hessian: Tensor, options: GptqOptions) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
-    """U and D of H + damping * mean(diag H) * I = (I + U) D (I + U)^T, by Cholesky of H with both sides reversed.
-
-    The Hessian becomes the damped one.
-    """
-    mean = hessian.diagonal().mean()
-    added = 0.0
-    while True:
-        hessian.diagonal().add_((damping - added) * mean)
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not bool(failed):
-            break
-        if damping >= MAX_DAMPING:
-            raise ValueError(f"the Hessian is not positive definite even with a damping of {damping:g}")
-        added, damping = damping, min(10 * damping, MAX_DAMPING)
-    upper = lower.flip(0, 1)
-    roots = upper.diagonal().clone()
-    return upper.div_(roots).triu_(1), roots.square(), damping
-
-
 def output_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T): the squared error of the layer's output, summed over what the Hessian saw."""
-    return quadratic_form(multiplied_out(quantized).sub_(weight), hessian)
+    """tr((W - Q) H (W - Q)^T): the squared error of the layer's output, summed over what the Hessian saw.
+
+    In the weight's precision, where that is bfloat16: it is for people, and within some thousandths.
+    """
+    return quadratic_form(difference(weight, quantized, _precision(weight)), hessian)
 
 
 def output_size(weight: Tensor, hessian: Tensor) -> float:
-    """tr(W H W^T): the squared output of the layer, summed over what the Hessian saw."""
-    return quadratic_form(weight.float(), hessian)
+    """tr(W H W^T): the squared output of the layer, summed over what the Hessian saw; as precise as `output_error`."""
+    return quadratic_form(weight.to(_precision(weight)), hessian)
+
+
+def _precision(weight: Tensor) -> torch.dtype:
+    return torch.bfloat16 if weight.dtype is torch.bfloat16 else torch.float32

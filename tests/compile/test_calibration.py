@@ -167,7 +167,7 @@ def test_data_is_read_before_the_model_is_captured_where_rules_may_need_it(
         yield from ROWS
 
     with open_model(source) as opened:
-        CalibrationData(rows(), SHORT).read_ahead(chosen, opened)
+        CalibrationData(rows(), SHORT, torch.device("cpu")).read_ahead(chosen, opened)
     assert read == ["rows"] * needed
 
 
@@ -175,7 +175,7 @@ def test_runs_that_bring_the_same_data_read_it_once(source: Path, tmp_path: Path
     own = IN_ORDER.model_copy(update={"dataset": jsonl(tmp_path / "rows.jsonl", ROWS)})
     runs = ({"algorithms": ("gptq",), "calibration": own}, {"calibration": own})
     chosen = pipeline(rule(MLP, "W4A16", solver="gptq"), rule(ATTENTION, "FP8"), runs=runs)
-    data = CalibrationData(never(), None)
+    data = CalibrationData(never(), None, torch.device("cpu"))
     with open_model(source) as opened:
         data.read_ahead(chosen, opened)
         (tmp_path / "rows.jsonl").unlink()

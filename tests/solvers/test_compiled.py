@@ -133,7 +133,7 @@ def test_hessians_are_of_the_inputs_that_the_model_really_has(tmp_path: Path) ->
     class Step(PartitionStep):
         def partition(self, work: PartitionWork) -> None:
             for statistic in work.statistics.hessians.values():
-                seen[statistic.observer.consumers[0]] = statistic.value()
+                seen[statistic.observer.consumers[0]] = statistic.value().clone()
 
     batches: list[TokenBatch] = []
     passes = mixed("gptq").passes

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompiler.numerics import QuantizedTensor, multiplied_out, quantize_weight
@@ -13,7 +16,9 @@ from qcompiler.numerics.elements import round_to_codes, round_to_values
 from qcompiler.numerics.scales import scale_value
 from qcompiler.scheme import PRESETS, QuantSpec, Strategy
 from qcompiler.solvers import gptq as solver
-from qcompiler.solvers.gptq import Outcome, factor, output_error
+from qcompiler.solvers.cholesky import cholesky_, reorder_, reverse_
+from qcompiler.solvers.columns import Rows
+from qcompiler.solvers.gptq import Outcome, factor, output_error, output_size
 from qcompiler.solvers.options import GptqOptions
 
 INT4 = PRESETS["W4A16"].weights.model_copy(update={"group_size": 16})
@@ -48,7 +53,15 @@ def nearest(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
 def gptq(
     weight: Tensor, hessian: Tensor, start: QuantizedTensor, options: GptqOptions
 ) -> tuple[QuantizedTensor, Outcome]:
-    return solver.gptq([weight], factor(hessian, options), [start], options)[0]
+    factored = factor(hessian.clone(), options)
+    solved = replace(start, codes=start.codes.clone())
+    (error,) = solver.gptq([whole(weight, solved)], factored, options)
+    before, size = output_error(weight, start, hessian), output_size(weight, hessian)
+    return solved, Outcome(error, before, size, factored.damping, factored.dead_columns)
+
+
+def whole(weight: Tensor, start: QuantizedTensor) -> Rows:
+    return Rows(weight, start, slice(0, len(weight)))
 
 
 def by_element(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -112,46 +125,57 @@ def test_the_output_changes_less_than_by_rounding_to_nearest(name: str) -> None:
     assert torch.equal(solved.scale.float(), start.scale.float())
 
 
-@pytest.mark.parametrize("name", ["int4/g16/asym", "int4/channel", "nvfp4"])
-def test_stacked_layers_are_solved_as_they_are_alone(name: str) -> None:
-    weight, hessian = layer(rows=60, columns=160)
-    start = nearest(weight, SPECS[name])
-    whole, _ = gptq(weight, hessian, start, GptqOptions())
-    for rows in (slice(0, 32), slice(32, 48), slice(48, 60)):
-        zero = None if start.zero_point is None else start.zero_point[rows]
-        shape = (rows.stop - rows.start, 160)
-        part = replace(start, shape=shape, codes=start.codes[rows], scale=start.scale[rows], zero_point=zero)
-        alone, _ = gptq(weight[rows], hessian, part, GptqOptions())
-        assert torch.equal(alone.codes.view(torch.uint8), whole.codes[rows].view(torch.uint8))
-
-
 @pytest.mark.parametrize("name", SPECS)
-def test_layers_of_one_input_are_solved_together_as_each_alone(name: str) -> None:
-    weight, hessian = layer(rows=96, columns=96)
-    parts = [weight[:32].bfloat16(), weight[32:48].bfloat16(), weight[48:].bfloat16()]
-    starts = [nearest(part, SPECS[name]) for part in parts]
-    factored = factor(hessian, GptqOptions(block_size=40))
-    together = solver.gptq(parts, factored, starts, GptqOptions(block_size=40))
-    for part, start, (solved, outcome) in zip(parts, starts, together, strict=True):
-        ((alone, expected),) = solver.gptq([part], factored, [start], GptqOptions(block_size=40))
-        assert torch.equal(solved.codes.view(torch.uint8), alone.codes.view(torch.uint8))
-        assert solved.codes.is_contiguous()
-        assert (outcome.before, outcome.size) == (expected.before, expected.size)
-        assert outcome.error == pytest.approx(expected.error, rel=1e-6)
+def test_rows_of_one_input_are_solved_together_or_cut_as_each_layer_alone(name: str) -> None:
+    weight, hessian = layer(rows=112, columns=96)
+    weights = [weight[:32].bfloat16(), weight[32:48].bfloat16(), weight[48:].bfloat16()]
+    options = GptqOptions(block_size=40)
+    factored = factor(hessian.clone(), options)
+    alone, together = [[nearest(part, SPECS[name]) for part in weights] for _ in range(2)]
+    expected = [
+        solver.gptq([whole(part, start)], factored, options)[0] for part, start in zip(weights, alone, strict=True)
+    ]
+    first, second, third = (whole(part, start) for part, start in zip(weights, together, strict=True))
+    top, bottom = replace(third, rows=slice(0, 16)), replace(third, rows=slice(16, 64))
+    *errors, above = solver.gptq([first, second, top], factored, options)
+    errors.append(above + solver.gptq([bottom], factored, options)[0])
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8))
+        assert one.codes.is_contiguous()
+    assert errors == pytest.approx(expected, rel=1e-6)
+
+
+def rows_of(*parts: tuple[int, int, int]) -> list[tuple[int, slice]]:
+    return [(index, slice(first, stop)) for index, first, stop in parts]
 
 
 @pytest.mark.parametrize(
     ("keys", "rows", "stacks"),
     [
-        ("qqq", [64, 16, 16], [[0, 1, 2]]),
-        ("qxqyx", [8, 8, 8, 8, 8], [[0, 2], [1, 4], [3]]),
-        ("qqqq", [60, 40, 70, 30], [[0, 1], [2, 3]]),
-        ("qqq", [500, 20, 500], [[0], [1], [2]]),
+        ("qqq", [64, 16, 16], [rows_of((0, 0, 64), (1, 0, 16), (2, 0, 16))]),
+        ("qxqyx", [8] * 5, [rows_of((0, 0, 8), (2, 0, 8)), rows_of((1, 0, 8), (4, 0, 8)), rows_of((3, 0, 8))]),
+        ("qqqq", [60, 40, 70, 30], [rows_of((0, 0, 60), (1, 0, 40)), rows_of((2, 0, 70), (3, 0, 30))]),
+        ("qq", [250, 50], [rows_of((0, 0, 100)), rows_of((0, 100, 200)), rows_of((0, 200, 250), (1, 0, 50))]),
         ("", [], []),
     ],
 )
-def test_layers_of_one_key_are_stacked_up_to_a_limit(keys: str, rows: list[int], stacks: list[list[int]]) -> None:
+def test_rows_of_one_key_are_stacked_up_to_a_limit(
+    keys: str, rows: list[int], stacks: list[list[tuple[int, slice]]]
+) -> None:
     assert solver.stacked(keys, rows, 100) == stacks
+
+
+def test_errors_of_bfloat16_weights_are_told_to_some_thousandths() -> None:
+    weight, hessian = layer(rows=512, columns=300)
+    weight = weight.bfloat16()
+    start = nearest(weight, SPECS["int4/channel"])
+    difference = (weight - multiplied_out(start)).double()
+    assert output_error(weight, start, hessian) == pytest.approx(
+        float((difference @ hessian.double() * difference).sum()), rel=3e-3
+    )
+    assert output_size(weight, hessian) == pytest.approx(
+        float((weight.double() @ hessian.double() * weight.double()).sum()), rel=3e-3
+    )
 
 
 @pytest.mark.parametrize("damping", [0.0001, 0.01, 1.0])
@@ -226,3 +250,33 @@ def test_a_hessian_that_cannot_be_one_is_refused() -> None:
     hessian[2, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
         gptq(weight, hessian, start, GptqOptions())
+
+
+def test_one_triangle_is_kept_until_the_other_is_factored() -> None:
+    _, hessian = layer(columns=700, tokens=2000)
+    matrix = hessian.clone()
+    assert not cholesky_(matrix, -hessian.diagonal())
+    assert torch.equal(matrix, hessian - 2 * hessian.diagonal().diag())
+    assert cholesky_(matrix, hessian.diagonal())
+    wanted = hessian.double()
+    assert (matrix.double().T @ matrix.double() - wanted).norm() < 1e-6 * wanted.norm()
+    assert not matrix.tril(-1).any()
+
+
+def test_a_failure_after_some_blocks_leaves_the_matrix_as_it_was() -> None:
+    _, hessian = layer(columns=700, tokens=2000)
+    diagonal = hessian.diagonal().clone()
+    diagonal[600] = -1
+    matrix = hessian.clone()
+    assert not cholesky_(matrix, diagonal)
+    assert torch.equal(matrix, hessian - hessian.diagonal().diag() + diagonal.diag())
+
+
+@given(st.integers(1, 80), st.randoms(use_true_random=False))
+def test_matrices_are_brought_into_an_order_in_place(size: int, random: Random) -> None:
+    order = torch.tensor(random.sample(range(size), size))
+    matrix = torch.arange(size * size).view(size, size)
+    wanted = matrix[order][:, order]
+    reorder_(matrix, order)
+    assert torch.equal(matrix, wanted)
+    assert torch.equal(reverse_(matrix), wanted.flip(0, 1))
