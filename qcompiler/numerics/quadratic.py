@@ -36,10 +36,11 @@ def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for start in range(0, len(hessian), _COLUMNS):
         columns = slice(start, min(start + _COLUMNS, len(hessian)))
-        block = hessian[: columns.stop, columns].to(rows.dtype, copy=True)
-        block[:start].mul_(2)
+        block = hessian[: columns.stop, columns].to(rows.dtype)
         for some in torch.split(rows, _ROWS):
-            product = (some[:, : columns.stop] @ block).float().mul_(some[:, columns])
+            product = some[:, columns] @ block[start:]
+            if start:
+                product.addmm_(some[:, :start], block[:start], alpha=2)
             # Row by row first: threads would each sum a part of all, and their number decide about the last bit.
-            total += product.sum(1, dtype=total.dtype).sum()
+            total += product.float().mul_(some[:, columns]).sum(1, dtype=total.dtype).sum()
     return float(total)

@@ -8,6 +8,9 @@ The peers measure that error by running the block again for each r. For the line
 ||(W - Q(W s) / s) X||^2 is a quadratic form in the Hessian X^T X, exact over all tokens. What differs from
 llm-compressor's search, then, is that errors are those of each linear's output and not of the block's (after attention
 or the MLP's product), and that a channel that is always zero keeps a scale of 1 and takes no part in normalization.
+
+Where rows of a weight are rounded apart from one another, a quarter of them tells which points of the grid can be best;
+those few, and no scale, are then compared on all rows.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ from qcompiler.transforms.options import AwqOptions
 from qcompiler.transforms.ties import tied_mean
 
 _SMALLEST = 1e-4  # of a scale before it is normalized, and added to the weights' part: as in AutoAWQ
-_ROWS = 512
+_ROWS = 1024
+_APART = frozenset({Strategy.CHANNEL, Strategy.GROUP})
+"""Strategies where a row is rounded as it would be without the others."""
+_SAMPLED = 4
+_MANY_ROWS = 512
+_FINALISTS = 3
 
 Quantize = Callable[[int, Tensor, Tensor], Tensor]
 """(which weight, the weight scaled [O, I], the scale [I]) to that weight, rounded: float32 or the weight's dtype."""
@@ -62,9 +70,10 @@ def search(
     """The scale of the grid under which the rounded `weights` (each [O_k, I]) change the outputs least.
 
     The error is the sum over weights of tr(D H D^T), D = W - Q(W s) / s; that of no scale is among those compared, so
-    the choice is never worse. `mean_abs` float32 [I] is mean |X_j|, `hessian` float32 [I, I] is X^T X, `specs` are what
-    the weights are rounded to, and channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32
-    and rounded to its dtype once, as it will be when the scale is folded.
+    the choice is never worse. Of bfloat16 weights, D is multiplied in bfloat16 (see `quadratic_form`). `mean_abs`
+    float32 [I] is mean |X_j|, `hessian` float32 [I, I] is X^T X, `specs` are what the weights are rounded to, and
+    channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32 and rounded to its dtype once, as
+    it will be when the scale is folded.
 
     Raises `ValueError` where the inputs are not finite.
     """
@@ -74,7 +83,16 @@ def search(
     magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
     best, scale = None, torch.ones_like(activations)
     error = before = _output_error(weights, scale, hessian, quantize, float("inf"))
-    for candidate in _candidates(options):
+    candidates = _candidates(options)
+    if all(spec.strategy in _APART for spec in specs) and sum(map(len, weights)) >= _MANY_ROWS:
+        some = [weight[::_SAMPLED].contiguous() for weight in weights]
+        errors = [
+            _output_error(some, _scale(candidate, activations, magnitudes), hessian, quantize, float("inf"))
+            for candidate in candidates
+        ]
+        nearest = sorted(range(len(candidates)), key=errors.__getitem__)[:_FINALISTS]
+        candidates = [candidates[index] for index in nearest]
+    for candidate in candidates:
         tried = _scale(candidate, activations, magnitudes)
         found = _output_error(weights, tried, hessian, quantize, error)
         if found < error:
@@ -129,6 +147,8 @@ def _output_error(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, qua
     total = 0.0
     for which, weight in enumerate(weights):
         difference = quantize(which, rescaled(weight, scale), scale).float().div_(scale).sub_(weight)
+        if weight.dtype is torch.bfloat16:
+            difference = difference.to(weight.dtype)
         for start in range(0, len(difference), _ROWS):
             total += quadratic_form(difference[start : start + _ROWS], hessian)
             if total >= limit:
