@@ -92,11 +92,19 @@ def solve(
 
 
 def _groups(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic]) -> dict[int, _Group]:
-    """By number; a Hessian is kept by nothing else from here on."""
+    """By number; a Hessian is kept by nothing else from here on.
+
+    Factoring uses it up: each other group of linears that read the same inputs has a copy.
+    """
     by_key: dict[tuple[HessianStatistic, GptqOptions], list[Job]] = defaultdict(list)
     for job in jobs:
         by_key[hessians.pop(job.path), job.options].append(job)
-    return {number: _Group(found, key[0]) for number, (key, found) in enumerate(by_key.items())}
+    groups: dict[int, _Group] = {}
+    taken: set[HessianStatistic] = set()
+    for number, ((statistic, _), found) in enumerate(by_key.items()):
+        groups[number] = _Group(found, statistic.copy() if statistic in taken else statistic)
+        taken.add(statistic)
+    return groups
 
 
 def _prepare(group: _Group, device: torch.device) -> list[_Stack]:

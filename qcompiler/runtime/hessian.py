@@ -67,6 +67,13 @@ class HessianStatistic:
         """Become the statistic of X / s, as inputs are once a producer took in the scale s (float32 [I])."""
         self._checked().div_(scale.unsqueeze(1)).div_(scale)
 
+    def copy(self) -> HessianStatistic:
+        """The same numbers in memory of their own."""
+        copied = HessianStatistic(self.observer)
+        copied.tokens, copied._mirrored = self.tokens, self._mirrored
+        copied._sum = self._sum.clone() if self._sum is not None else None
+        return copied
+
     def _checked(self) -> Tensor:
         if self._sum is None or not self.tokens:
             raise unreached(self.observer.consumers, "use more calibration data, or solver rtn for it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -39,22 +40,30 @@ def in_parallel_parts(
 ) -> list[R]:
     """`[work(part) for item in items for part in prepare(item)]`, side by side as in `in_parallel`.
 
-    All items are prepared first, in order; the parts of each are begun as soon as it is, and threads are free.
+    All items are prepared first, in order; the parts of each are begun as soon as it is, and threads are free. Nothing
+    here keeps a part that is done.
     """
     if _alone(device):
-        return [work(part) for item in items for part in prepare(item)]
+        return [result for item in items for result in _used_up(work, deque(prepare(item)))]
     found: dict[int, list[Future[R]]] = {}
     with _one_thread_each() as pool:
         prepared = {pool.submit(prepare, item): index for index, item in enumerate(items)}
         try:
             while prepared:
-                for ready in wait(prepared, return_when=FIRST_COMPLETED).done:
-                    # What a part needs goes with it: nothing else keeps what was prepared.
+                done = wait(prepared, return_when=FIRST_COMPLETED).done
+                while done:
+                    ready = done.pop()
                     found[prepared.pop(ready)] = [pool.submit(work, part) for part in ready.result()]
+                    del ready  # it holds what was prepared
             return [part.result() for index in range(len(items)) for part in found[index]]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _used_up(work: Callable[[P], R], parts: deque[P]) -> Iterator[R]:
+    while parts:
+        yield work(parts.popleft())
 
 
 def _alone(device: torch.device) -> bool:

@@ -35,8 +35,8 @@ class Outcome:
     dead_columns: int
 
     def relative(self, error: float) -> float:
-        """An error as a share of the output's size; 0 where the output is always zero."""
-        return error / self.size if self.size > 0 else 0.0
+        """An error as a share of the output's size; 0 where the output is always zero, or rounding tells less."""
+        return max(error, 0.0) / self.size if self.size > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,3 +280,8 @@ def test_matrices_are_brought_into_an_order_in_place(size: int, random: Random) 
     reorder_(matrix, order)
     assert torch.equal(matrix, wanted)
     assert torch.equal(reverse_(matrix), wanted.flip(0, 1))
+
+
+def test_an_error_that_rounding_brings_below_zero_is_none() -> None:
+    outcome = Outcome(error=-1e-9, before=2.0, size=4.0, damping=1.0, dead_columns=0)
+    assert [outcome.relative(outcome.error), outcome.relative(outcome.before)] == [0.0, 0.5]
