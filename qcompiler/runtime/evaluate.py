@@ -31,7 +31,7 @@ def evaluate(
 
     `values` holds what the nodes read from outside and is used up: a value is dropped after its last reader, so that
     peak memory is that of the widest point. `tensors` holds every parameter and buffer that the nodes use, by path.
-    `handlers` maps targets to what evaluates them instead.
+    `handlers` maps targets, or single nodes, to what evaluates them instead.
     """
     order = list(nodes)
     kept = set(keep)
@@ -57,7 +57,7 @@ def _run(
     if node.op == "get_attr":
         return tensors[str(node.target)]
     args = map_nodes(node.args, values.__getitem__)
-    handler = handlers.get(node.target)
+    handler = handlers.get(node) or handlers.get(node.target)
     if handler is not None:
         return handler(node, args)
     if node.op == "call_module":

@@ -11,6 +11,7 @@ from torch import Tensor
 from qcompiler.data.batches import TokenBatch
 from qcompiler.ir.fx import Node, is_op, mutates
 from qcompiler.ir.graph import Graph, Partition
+from qcompiler.runtime.attention import attend_causally, is_causal, mask_of
 from qcompiler.runtime.evaluate import Handler, evaluate
 
 Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
@@ -35,7 +36,8 @@ class Stream:
     """The batches on their way through the partitions.
 
     Values that depend on the tokens are kept for every batch; those that depend on the shape alone are computed and
-    kept once per shape. Everything waits on the host, in the dtype that the graph gives it.
+    kept once per shape. Everything waits on the host, in the dtype that the graph gives it. Attention whose mask is
+    of the shape alone, and the plain causal one, is computed without it.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Stream:
         self._index = {part.name: index for index, part in enumerate(parts)}
         self._values: list[dict[Node, Any]] = [{graph.input: batch.input_ids} for batch in batches]
         self._shared: dict[torch.Size, dict[Node, Any]] = {batch.input_ids.shape: {} for batch in batches}
+        self._causal: dict[tuple[torch.Size, Node], bool] = {}  # masks that were looked at
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,15 +79,30 @@ class Stream:
             example = next(batch for batch in self._batches if batch.input_ids.shape == shape)
             values = {**shared, self._graph.input: example.input_ids}
             shared |= self._evaluate(by_shape, values, weights, wanted, {})
+        attention = {shape: self._causal_attention(by_tokens, shape) for shape in self._shared}
         for batch, own in zip(self._batches, self._values, strict=True):
             values = {**self._shared[batch.input_ids.shape], **own}
             kept = [node for node in later if node in self._tokens] if keep else []
-            own |= self._evaluate(by_tokens, values, weights, kept, handlers(batch))
+            special = {**attention[batch.input_ids.shape], **handlers(batch)}
+            own |= self._evaluate(by_tokens, values, weights, kept, special)
             if keep:
                 self._forget(own, index)
         if keep:
             for shared in self._shared.values():
                 self._forget(shared, index)
+
+    def _causal_attention(self, nodes: Iterable[Node], shape: torch.Size) -> dict[Node, Handler]:
+        """What evaluates those of `nodes` that attend under the plain causal mask; each mask is looked at once."""
+        found: dict[Node, Handler] = {}
+        for node in nodes:
+            mask = mask_of(node)
+            if mask is None or mask not in self._shared[shape]:
+                continue
+            if (shape, mask) not in self._causal:
+                self._causal[shape, mask] = is_causal(self._shared[shape][mask])
+            if self._causal[shape, mask]:
+                found[node] = attend_causally
+        return found
 
     def _forget(self, values: dict[Node, Any], index: int) -> None:
         for node in [n for n in values if self._last_reader.get(n, -1) <= index]:
