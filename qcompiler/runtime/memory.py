@@ -15,6 +15,8 @@ _MMAP_THRESHOLD = -3
 _LARGE = 8 << 20  # bytes: more than scratch, which is made again and again; less than weights and activations
 # As far as glibc's own thresholds grow, and where they stand in a process that has freed a large tensor.
 _GROWN = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+_CHOICES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_TUNABLES = ("glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")
 
 
 @cache
@@ -45,10 +47,11 @@ def returning_memory() -> Iterator[None]:
     By itself it comes to take tensors of up to 32 MiB from heaps, one per thread, that keep up to 64 MiB each for later
     and hold weights among small blocks that outlive them: what a run peaks at then depends on chance, and chance has
     as many trials as there are partitions. The thresholds are the process's; afterwards they are as they would
-    have become by themselves. Those that the user chose (in the environment) stand.
+    have become by themselves. Of two compilations at once, the first to end puts them back for both. Those that the
+    user chose (in the environment) stand.
     """
     glibc = _glibc()
-    if glibc is None or any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+    if glibc is None or _chosen():
         yield
         return
     for threshold in _GROWN:
@@ -58,3 +61,9 @@ def returning_memory() -> Iterator[None]:
     finally:
         for threshold, value in _GROWN.items():
             glibc.mallopt(threshold, value)
+
+
+def _chosen() -> bool:
+    """Whether the user has chosen one of the thresholds."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(name in os.environ for name in _CHOICES) or any(name in tunables for name in _TUNABLES)

@@ -33,20 +33,48 @@ def _kept_by_a_thread() -> float:
 
 
 def test_large_tensors_of_other_threads_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     torch.ones(31 << 20, dtype=torch.uint8)  # from here on glibc would keep tensors up to this size in its heaps
     with returning_memory():
         assert _kept_by_a_thread() < 10
     assert _kept_by_a_thread() > 30, "nothing had to be done, so nothing was tested"
 
 
-@pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_what_the_user_chose_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Untouchable:
-        def mallopt(self, *_: int) -> None:
-            pytest.fail("a threshold was set")
+@pytest.mark.parametrize(
+    ("name", "said", "stands"),
+    [
+        ("MALLOC_MMAP_THRESHOLD_", "1000000", True),
+        ("MALLOC_TRIM_THRESHOLD_", "1000000", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.check=0:glibc.malloc.mmap_threshold=1000000", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2", False),
+        ("MALLOC_ARENA_MAX", "2", False),
+    ],
+)
+def test_thresholds_that_the_user_chose_stand(
+    name: str, said: str, stands: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
 
-    monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(memory, "_glibc", Untouchable)
+    class Watched:
+        def mallopt(self, threshold: int, value: int) -> None:
+            asked.append(threshold)
+
+    for other in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, said)
+    monkeypatch.setattr(memory, "_glibc", Watched)
     with returning_memory():
         pass
+    assert len(asked) == (0 if stands else 4)
+
+
+def test_thresholds_are_put_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[int, list[int]] = {}
+
+    class Watched:
+        def mallopt(self, threshold: int, value: int) -> None:
+            asked.setdefault(threshold, []).append(value)
+
+    monkeypatch.setattr(memory, "_glibc", Watched)
+    with pytest.raises(KeyboardInterrupt), returning_memory():
+        raise KeyboardInterrupt
+    assert asked == {-3: [8 << 20, 32 << 20], -1: [8 << 20, 64 << 20]}
