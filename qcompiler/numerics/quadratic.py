@@ -31,7 +31,8 @@ def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
 
     Only what lies on or above the diagonal of H is multiplied, block by block, and the rest counted by symmetry. Rows
     in float32, or in bfloat16: then H is rounded to it as well, which many matrix units are faster with, and as errors
-    of rounding have no common direction, the sum is off by some thousandths at most.
+    of rounding have no common direction, the sum is off by some thousandths at most. A sum that this brings below zero
+    is zero.
     """
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for start in range(0, len(hessian), _COLUMNS):
@@ -43,4 +44,4 @@ def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
                 product.addmm_(some[:, :start], block[:start], alpha=2)
             # Row by row first: threads would each sum a part of all, and their number decide about the last bit.
             total += product.float().mul_(some[:, columns]).sum(1, dtype=total.dtype).sum()
-    return float(total)
+    return max(float(total), 0.0)
