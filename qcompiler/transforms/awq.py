@@ -9,8 +9,8 @@ The peers measure that error by running the block again for each r. For the line
 llm-compressor's search, then, is that errors are those of each linear's output and not of the block's (after attention
 or the MLP's product), and that a channel that is always zero keeps a scale of 1 and takes no part in normalization.
 
-Where rows of a weight are rounded apart from one another, a quarter of them tells which points of the grid can be best;
-those few, and no scale, are then compared on all rows.
+Where rows of a weight are rounded apart from one another, the largest quarter of them, which makes most of the error,
+tells which points of the grid can be best; those few, and no scale, are then compared on all rows.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def search(
     error = before = _output_error(weights, scale, hessian, quantize, float("inf"))
     candidates = _candidates(options)
     if all(spec.strategy in _APART for spec in specs) and sum(map(len, weights)) >= _MANY_ROWS:
-        some = [weight[::_SAMPLED].contiguous() for weight in weights]
+        some = [_largest_rows(weight) for weight in weights]
         errors = [
             _output_error(some, _scale(candidate, activations, magnitudes), hessian, quantize, float("inf"))
             for candidate in candidates
@@ -98,6 +98,13 @@ def search(
         if found < error:
             best, scale, error = candidate, tried, found
     return AwqChoice(scale, best, error, before)
+
+
+def _largest_rows(weight: Tensor) -> Tensor:
+    """A quarter of the rows of a weight [O, I]: those of largest norm, in their order."""
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    largest = torch.argsort(norms, descending=True, stable=True)[: -(-len(weight) // _SAMPLED)]
+    return weight.index_select(0, largest.sort().values)
 
 
 def normalized_mean(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:

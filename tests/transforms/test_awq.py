@@ -94,7 +94,7 @@ def test_the_best_of_llm_compressors_grid_is_found(duo: bool) -> None:
     assert choice.error < 0.8 * choice.before
 
 
-def test_a_quarter_of_the_rows_says_which_points_are_compared_on_all() -> None:
+def test_the_largest_quarter_of_the_rows_says_which_points_are_compared_on_all() -> None:
     weights, inputs = data(700, 40)
     seen: list[int] = []
 
@@ -105,6 +105,15 @@ def test_a_quarter_of_the_rows_says_which_points_are_compared_on_all() -> None:
     search(weights, inputs.abs().mean(0), inputs.T @ inputs, counted, AwqOptions(grid=11), specs=[INT4] * 2)
     assert seen.count(175) == seen.count(10) == 10
     assert seen.count(700) == 1 + 3
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_the_rows_that_make_the_error_are_among_those_that_say_so(seed: int) -> None:
+    """A few rows are far larger than the rest, and not like them."""
+    (weight,), inputs = data(520, seed=seed)
+    weight[5::40, ::7] *= 300
+    least = min(error([weight], inputs, scale) for _, _, scale in grid([weight], inputs, AwqOptions()))
+    assert searched([weight], inputs).error == pytest.approx(least, rel=3e-3)
 
 
 @settings(deadline=None, max_examples=25)
