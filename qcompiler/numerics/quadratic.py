@@ -12,8 +12,8 @@ _ROWS = 512
 def add_gram(total: Tensor, values: Tensor, *, alpha: float = 1) -> None:
     """Add alpha X^T X to `total` [I, I], on and above its diagonal, for X = `values` [N, I], both float32.
 
-    What stands above the diagonal is a product, and the two ends of it are halved. Below the diagonal, only what is
-    near to it changes.
+    What stands above the diagonal is a product, and the two ends of it are halved. Below the diagonal, only what is in
+    the blocks of 256 along it changes.
     """
     size = len(total)
     if size <= _COLUMNS:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompiler.numerics import add_gram
 
-_BLOCK = 256
+_BLOCK = 256  # `add_gram` changes nothing below the diagonal outside of blocks of this size
 _ELEMENTS = 2**20  # that are moved at once
 
 
