@@ -251,9 +251,8 @@ def _prepare(request: _Request, source: ModelSource, visit: Visitor = _unseen) -
         pipeline = independent_runs_of(graph, pipeline, report)
     prepare_streaming_passes(graph, pipeline, context)
     if request.target is not None and not report.target:
-        report.fallback(
-            f"nothing was checked against target {request.target}: pipeline {report.pipeline} has no legalize"
-        )
+        lacks = f"pipeline {report.pipeline} has no legalize" if pipeline.passes else "without a pipeline, no schemes"
+        report.fallback(f"nothing was checked against target {request.target}: {lacks}")
     predict(graph, source, report)
     if source.has_weights:
         _tell_of_keys(source.names, report)

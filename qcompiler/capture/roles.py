@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from qcompiler.ir.annotations import LeafKind, Role, Structure, annotate
+from qcompiler.ir.annotations import Leaf, LeafKind, Role, Structure, annotate, get
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import layer_of
@@ -120,6 +120,12 @@ def _find_attention(graph: Graph, findings: _Findings) -> None:
                 findings.say(match["gate"], Structure.ATTENTION_INPUT, f"it gates {name} %{match.anchor.name}")
 
 
+def _called(node: Node) -> str:
+    """A node as a user can ask for it: by its module's path, else by its own name."""
+    leaf = get(node, Leaf)
+    return leaf.path if leaf is not None else f"%{node.name}"
+
+
 def _low_rank(node: Node) -> tuple[Node, ...]:
     found = LOW_RANK.try_at(node)
     return found["down"] if isinstance(found, Match) else ()
@@ -131,7 +137,7 @@ def _unique(groups: Iterable[Iterable[Node]]) -> list[Node]:
 
 def _find_routers(graph: Graph, findings: _Findings) -> None:
     for match in ROUTED_EXPERTS.matches(graph):
-        findings.say(match["router"], Structure.ROUTER, f"it chooses for the experts %{match.anchor.name}")
+        findings.say(match["router"], Structure.ROUTER, f"it chooses for {_called(match.anchor)}")
     for match in TOP_K.matches(graph):
         findings.say([match.anchor], Structure.ROUTER, "its scores are ranked")
     for match in SCALAR_GATE.matches(graph):
@@ -145,7 +151,7 @@ def _find_mlps(graph: Graph, findings: _Findings) -> None:
         free = [node for node in match["inputs"] if node not in findings.structure]
         if free:
             findings.say([match.anchor], Structure.MLP_OUTPUT, "it reads what an activation makes of linears")
-            findings.say(free, Structure.MLP_INPUT, f"through an activation it feeds %{match.anchor.name}")
+            findings.say(free, Structure.MLP_INPUT, f"through an activation it feeds {_called(match.anchor)}")
     for match in GATED_PRODUCT.matches(graph):
         pair = (match.one("left"), match.one("right"))
         if all(findings.structure.get(node, (None,))[0] is Structure.MLP_INPUT for node in pair):

@@ -13,6 +13,7 @@ from qcompiler.cli.options import DtypeOption, IndependentOption, RevisionOption
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from qcompiler.inspection.document import Document
     from qcompiler.inspection.read import Options
 
 _PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
@@ -36,7 +37,7 @@ def inspect(
     ] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show modules as a tree.")] = False,
     explain: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Say why this module or node is what it is.")
+        str | None, typer.Option(metavar="NAME", help="Say why this module, node or group is what it is.")
     ] = None,
     diff: Annotated[
         tuple[str, str] | None,
@@ -51,6 +52,7 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write one self-contained page for a browser.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE where there is one.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Show every node; in a tree, every layer.")] = False,
     target: TargetOption = None,
     dtype: DtypeOption = "auto",
@@ -69,6 +71,10 @@ def inspect(
     _check_useless(full, explain is not None or diff is not None, after, pipeline, diff is not None, json, tree)
     if (full or json) and (export or html):
         raise typer.BadParameter("it is for what is printed, not for files", param_hint="--full" if full else "--json")
+    if overwrite and not (export or html):
+        raise typer.BadParameter("it is for the file of --export or --html", param_hint="--overwrite")
+    if independent and pipeline is None and diff is None:
+        raise typer.BadParameter("it needs --pipeline", param_hint="--independent")
 
     from qcompiler.inspection import export as files
     from qcompiler.inspection.read import Options
@@ -80,9 +86,9 @@ def inspect(
     if model is None:
         raise typer.BadParameter("it is missing: only --diff of two folders needs none", param_hint="MODEL")
     if export is not None:
-        files.writer_of(export)  # before the model is read
-    if html is not None:
-        files.check_place(html)
+        files.writer_of(export)
+    if (file := export or html) is not None:  # before the model is read
+        files.check_place(file, overwrite=overwrite)
 
     from qcompiler.inspection.read import read
 
@@ -98,7 +104,7 @@ def inspect(
         print(f"wrote {html}: {len(document.nodes)} nodes")
         return
     if json:
-        print(document.find(explain).model_dump_json(indent=2) if explain is not None else document.as_json().rstrip())
+        print(_one(document, explain) if explain is not None else document.as_json().rstrip())
         return
 
     from qcompiler.inspection.explain import explain_lines
@@ -113,6 +119,13 @@ def inspect(
     else:
         lines = full_lines(document) if full else text_lines(document, width)
     _print(lines)
+
+
+def _one(document: Document, name: str) -> str:
+    """A node, or a list of the groups of one id, as JSON."""
+    from pydantic_core import to_json
+
+    return to_json(document.groups_of(name) or document.find(name), indent=2).decode()
 
 
 def _diff(model: str | None, pipeline: str | None, words: tuple[str, str], options: Options, json: bool) -> None:

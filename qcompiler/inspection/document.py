@@ -231,13 +231,17 @@ class Document(_Data):
                 found.setdefault(name, []).append(node.name)
         return {name: tuple(readers) for name, readers in found.items()}
 
+    def groups_of(self, name: str) -> tuple[Group, ...]:
+        """The groups of this id, one of each kind at most; none where it is the name of a node."""
+        return tuple(group for group in self.groups if group.id == name) if not any(self._aliases(name)) else ()
+
     def find(self, name: str) -> Node:
         """The node of this module path or IR name (`%` or not). Raises `ConfigError` with near names."""
         wanted = name.removeprefix("%")
         for node in self._aliases(wanted):
             return node
         paths = dict.fromkeys(node.path for node in self.nodes if node.path is not None)
-        known = dict.fromkeys([*paths, *(node.name for node in self.nodes)])
+        known = dict.fromkeys([*paths, *(node.name for node in self.nodes), *(group.id for group in self.groups)])
         inside = [path for path in paths if wanted and f".{wanted}." in f".{path}."]
         if inside:
             shown = ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if inside[3:] else "")
@@ -246,7 +250,7 @@ class Document(_Data):
             )
         raise ConfigError(
             f"the graph has no node {name!r}{did_you_mean(wanted, known) or self._near_end(wanted, paths)}",
-            hint="give a module's path or a node's name, as `qcompiler inspect --full` lists them",
+            hint="give a module's path, a node's name or a group's, as `qcompiler inspect --full` lists them",
         )
 
     def _near_end(self, wanted: str, paths: Iterable[str]) -> str:

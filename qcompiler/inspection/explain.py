@@ -24,7 +24,9 @@ _RULES = (Column("rule"), Column("selects"), Column("would become"), Column("out
 
 
 def explain_lines(document: Document, name: str, width: int) -> list[Text]:
-    """Everything that is known of the node `name`. Raises `ConfigError` with near names where there is none."""
+    """Everything that is known of the node or group `name`. Raises `ConfigError` with near names where it is none."""
+    if groups := document.groups_of(name):
+        return [line for group in groups for line in _group_lines(document, group, width)]
     node = document.find(name)
     lines = [_title(node), *_told(_decided(document, node), width)]
     if node.candidates:
@@ -34,6 +36,29 @@ def explain_lines(document: Document, name: str, width: int) -> list[Text]:
         lines += _told([("rules", "none means it, and none misses it by one key alone", "")], width)
     rest = (*_dataflow(document, node), *_groups(document, node), *_verdict(document, node), *_cost(node))
     return [*lines, *_told(rest, width)]
+
+
+def _group_lines(document: Document, group: Group, width: int) -> Iterator[Text]:
+    """A group: what its members share, and each of them."""
+    members = [document.by_name[name] for name in group.members]
+    yield Text(group.id, style="bold").append(f"  {group.kind} group of {len(members)}", style="not bold dim")
+    if group.kind == "rescale":
+        yield from _told([("rescaled", f"{group.words}; {_pair(group, document.by_name)}", "")], width)
+    else:
+        shared = {
+            "input": f"one tensor is read, %{group.producer}",
+            "fusion": "runtimes fuse these, and need one scheme for all",
+            "observer": f"one statistic is collected; {_some(_texts(group.details.get('because')))}",
+        }
+        yield from _told([("because", shared[group.kind], "")], width)
+    styles = Styles(document.listed)
+    rows = [
+        [Cell(node.path or f"%{node.name}"), Cell(scheme_word(node), styles.of(node)), Cell(because(node), "dim")]
+        if node.kind in LISTED_KINDS
+        else [Cell(node.path or f"%{node.name}"), Cell(node.kind, "dim"), Cell("")]
+        for node in members
+    ]
+    yield from laid_out((Column("member"), Column("becomes"), Column("because", rank=1)), rows, width, indent=4)
 
 
 def _title(node: Node) -> Text:
@@ -128,13 +153,8 @@ def _groups(document: Document, node: Node) -> Iterator[_Line]:
         elif group.kind == "rescale" and group.producer == node.name:
             yield "rescales", f"{group.words}; {_pair(group, by_name)}", ""
         elif group.kind == "observer" and mine and node.path is not None:
-            kind = group.details.get("kind", group.details.get("what", ""))
-            stands = [name for name in group.members if by_name[name].path is None]
-            yield (
-                "observed",
-                f"{group.id}{f', {kind}' if kind else ''}, at {_some([f'%{name}' for name in stands])}",
-                "",
-            )
+            stands = [f"%{name}" for name in group.members if by_name[name].path is None]
+            yield "observed", f"{group.id}, at {_some(stands)}", ""
 
 
 def _pair(group: Group, by_name: Mapping[str, Node]) -> str:

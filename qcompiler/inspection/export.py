@@ -68,7 +68,10 @@ def _deep(attributes: dict[str, Any], model: type[Document] | type[Node]) -> dic
 
 
 def export(document: Document, file: Path) -> None:
-    """Write a document in the format of the file's suffix. Raises `ConfigError` for another suffix or a bad place."""
+    """Write a document in the format of the file's suffix, over what is there.
+
+    Raises `ConfigError` for another suffix or a bad place.
+    """
     write = writer_of(file)
     try:
         write(document, file)
@@ -77,21 +80,22 @@ def export(document: Document, file: Path) -> None:
 
 
 def writer_of(file: Path) -> Callable[[Document, Path], None]:
-    """What writes files of this suffix. Raises `ConfigError` for another suffix, or where the folder is not there."""
+    """What writes files of this suffix. Raises `ConfigError` for another suffix."""
     if file.suffix not in _WRITERS:
         near = did_you_mean(file.suffix, _WRITERS) if file.suffix else ""
         raise ConfigError(
             f"no export is called {file.suffix or file.name!r}{near}", hint=f"end it in {', '.join(_WRITERS)}"
         )
-    check_place(file)
     return _WRITERS[file.suffix]
 
 
-def check_place(file: Path) -> None:
-    """Raises `ConfigError` where a file of this name cannot be made."""
+def check_place(file: Path, *, overwrite: bool) -> None:
+    """Raises `ConfigError` where a file of this name cannot be made, or is there and shall stay."""
     if file.is_dir() or not file.absolute().parent.is_dir():
         wrong = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
         raise ConfigError(f"{file} cannot be written: {wrong}", hint="choose another file")
+    if file.is_file() and not overwrite:
+        raise ConfigError(f"{file} exists", hint="choose another file, or pass --overwrite to replace it")
 
 
 def _write_json(document: Document, file: Path) -> None:

@@ -54,8 +54,13 @@ def read_pair(
         )
     first, second = (read(word, options=options) for word in words)
     if options.target is None and first.target != second.target:  # judge both by one target
-        target = second.target or first.target
-        first, second = (read(word, options=replace(options, target=target)) for word in words)
+        exported = [found.target for word, found in zip(words, (first, second), strict=True) if Path(word).is_file()]
+        target = exported[0] if exported else second.target or first.target
+        again = replace(options, target=target)
+        first, second = (
+            found if target in (None, found.target) or Path(word).is_file() else read(word, options=again)
+            for word, found in zip(words, (first, second), strict=True)
+        )
     return first, second
 
 

@@ -48,17 +48,29 @@ def read(
     """
     options, path = options or Options(), Path(model)
     if path.is_file():
-        _refuse_pipeline(path, "an exported graph", pipeline, after)
-        return read_document(path)
+        _refuse_pipeline(path, "an exported graph", pipeline, after, options)
+        return _judged_already(read_document(path), path, options.target)
     if pipeline is None and not path.is_dir():
         path = resolve_model(str(model), revision=options.revision)  # what it is, its config says
     if is_checkpoint(path):
-        _refuse_pipeline(path, "a quantized checkpoint", pipeline, after)
+        _refuse_pipeline(path, "a quantized checkpoint", pipeline, after, options)
         return read_checkpoint(path, target=options.target, trust_remote_code=options.trust_remote_code)
     return read_plan(model, pipeline, after=after, options=options)
 
 
-def _refuse_pipeline(path: Path, what: str, pipeline: PipelineLike | None, after: str | None) -> None:
+def _judged_already(document: Document, path: Path, target: str | None) -> Document:
+    """An export, as long as it is judged for the target that is asked for."""
+    if target not in (None, document.target):
+        raise ConfigError(
+            f"{path} is an exported graph, judged for {document.target or 'no target'}: {target} cannot judge it now",
+            hint=f"leave --target out, or export the graph again with --target {target}",
+        )
+    return document
+
+
+def _refuse_pipeline(path: Path, what: str, pipeline: PipelineLike | None, after: str | None, options: Options) -> None:
+    if options.dtype != "auto":
+        raise ConfigError(f"{path} is {what}: it has the dtype it was written in", hint="leave --dtype out")
     if pipeline is not None or after is not None:
         raise ConfigError(
             f"{path} is {what}: what became of it is decided, and no pipeline is run on it",

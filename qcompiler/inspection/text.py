@@ -83,7 +83,8 @@ def summary(document: Document) -> list[Text]:
         target = f", for {document.target}" if document.target else ""
         lines.append(Text(f"{document.pipeline.name} after {document.pipeline.after} ({document.stage}){target}"))
     else:
-        lines.append(Text(document.stage + (f", judged for {document.target}" if document.target else "")))
+        judged = document.target is not None and any(node.verdict is not None for node in document.listed)
+        lines.append(Text(document.stage + (f", judged for {document.target}" if judged else "")))
     if document.total_bytes is not None:
         saved = ""
         if document.dense_bytes and document.total_bytes and document.dense_bytes != document.total_bytes:

@@ -72,6 +72,41 @@ def test_exports_are_read_back_and_shown_alike(run: Run, graph: Path, tmp_path: 
     assert json.loads(run("inspect", graph, "--json").out) == json.loads(graph.read_text())
 
 
+@pytest.mark.parametrize("option", ["--export", "--html"])
+def test_a_file_that_is_there_is_replaced_only_when_asked(
+    option: str, run: Run, refuse: Refuse, graph: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / ("mine.json" if option == "--export" else "mine.html"), "mine")
+    refuse("inspect", graph, option, file, says=["mine", "exists", "--overwrite"])
+    assert file.read_text(encoding="utf-8") == "mine"
+    run("inspect", graph, option, file, "--overwrite")
+    assert file.read_text(encoding="utf-8") != "mine"
+
+
+def test_a_group_is_explained_by_its_members(run: Run, graph: Path) -> None:
+    text = run("inspect", graph, "--explain", "l0.gate-up").out
+    assert text.startswith("l0.gate-up  fusion group of 2\n")
+    assert "model.layers.0.mlp.gate_proj" in text
+    assert "model.layers.0.mlp.up_proj" in text
+    (group,) = json.loads(run("inspect", graph, "--explain", "l0.gate-up", "--json").out)
+    assert group["kind"] == "fusion"
+
+
+def test_without_a_pipeline_a_target_has_nothing_to_judge(run: Run, model: Path) -> None:
+    text = run("inspect", model, "--target", "sglang").out
+    assert "fallback: nothing was checked against target sglang: without a pipeline, no schemes" in text
+    assert "judged for" not in text
+
+
+def test_an_export_keeps_its_target_when_it_is_compared(run: Run, compiled: Path, graph: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    run("inspect", compiled, "--target", "sglang", "--export", other)
+    assert json.loads(other.read_text(encoding="utf-8"))["target"] == "sglang"
+    for words in ((other, compiled), (compiled, other)):
+        assert "nothing differs" in run("inspect", "--diff", *words).out
+    assert "target" in run("inspect", "--diff", other, graph).out  # neither can be judged again
+
+
 def test_full_shows_what_is_folded_otherwise(run: Run, graph: Path) -> None:
     short, long = run("inspect", graph).out, run("inspect", graph, "--full").out
     assert "%embedding" not in short
@@ -114,7 +149,10 @@ def test_on_a_terminal_lines_are_coloured_and_fit(graph: Path, monkeypatch: pyte
         (["--explain", "up_proj"], ["part of model.layers.0.mlp.up_proj", "say model.layers.0.mlp.up_proj"]),
         (["--export", "graph.png"], ["no export is called '.png'", ".graphml"]),
         (["--export", "no/such/folder/graph.dot"], ["there is no folder no/such/folder"]),
+        (["--explain", "l0.gateup"], ["no node", "did you mean 'l0.gate-up'"]),
         (["--pipeline", "w8a8-rtn"], ["is an exported graph", "leave --pipeline and --after out"]),
+        (["--dtype", "float32"], ["is an exported graph", "leave --dtype out"]),
+        (["--target", "sglang"], ["judged for vllm-sm80: sglang cannot judge it now", "leave --target out"]),
     ],
 )
 def test_bad_words_are_refused(arguments: list[str], says: list[str], refuse: Refuse, graph: Path) -> None:
@@ -129,6 +167,8 @@ def test_bad_words_are_refused(arguments: list[str], says: list[str], refuse: Re
         (["--explain", "lm_head", "--full"], ["for --full:", "graph as text or tree"]),
         (["--tree", "--json"], ["for --json:", "--tree"]),
         (["--after", "assign"], ["for --after:", "it needs --pipeline"]),
+        (["--independent"], ["for --independent:", "it needs --pipeline"]),
+        (["--overwrite"], ["for --overwrite:", "for the file of --export or --html"]),
         (["-p", "w4a16", "--after", "assign", "--diff", "a", "b"], ["for --after:", "--diff says itself"]),
     ],
 )

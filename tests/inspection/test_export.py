@@ -10,7 +10,7 @@ import pytest
 
 from qcompiler.errors import CheckpointError, ConfigError
 from qcompiler.inspection.document import Document
-from qcompiler.inspection.export import export, from_networkx, to_networkx, writer_of
+from qcompiler.inspection.export import check_place, export, from_networkx, to_networkx, writer_of
 from qcompiler.inspection.read import read, read_graph
 from tests.capture.models import captured
 
@@ -72,12 +72,16 @@ def test_dot_has_every_node_edge_and_attribute_well_quoted(points: dict[str, Doc
     [
         ("graph.jsn", "no export is called '.jsn'; did you mean '.json'?"),
         ("graph", "no export is called 'graph'"),
-        ("nowhere/graph.dot", "there is no folder"),
     ],
 )
 def test_files_that_cannot_be_written_are_refused_first(name: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         writer_of(tmp_path / name)
+
+
+def test_a_folder_that_is_not_there_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        check_place(tmp_path / "nowhere" / "graph.dot", overwrite=True)
 
 
 def test_a_graph_of_another_tool_is_refused(points: dict[str, Document]) -> None:

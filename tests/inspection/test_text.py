@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from rich.text import Text
 
@@ -58,6 +60,27 @@ def test_an_explanation_fits_the_width_and_names_every_rule(width: int, document
     words = " ".join(plain(explain_lines(document, "model.layers.3.mlp.down_proj", width)).split())
     assert "assign: rule 1 {structure: mlp-output}" in words
     assert "overridden by assign: rule 3" in words
+
+
+def test_structures_name_modules_as_they_can_be_asked_for(document: Document) -> None:
+    text = plain(explain_lines(document, "model.layers.2.mlp.up_proj", 1000))
+    assert "mlp-input: through an activation it feeds model.layers.2.mlp.down_proj" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("l2.gate-up", "fusion", "runtimes fuse these, and need one scheme for all"),
+        ("l2.mlp-input", "input", "one tensor is read, %l2.post_attention_layernorm"),
+        ("l2.mlp-input", "rescale", "model.layers.2.post_attention_layernorm is divided by the scale"),
+        ("l2.mlp-input.channels", "observer", "one statistic is collected; insert-observers: awq needs it"),
+    ],
+)
+def test_groups_are_explained_too(name: str, kind: str, says: str, document: Document) -> None:
+    lines = plain(explain_lines(document, name, 1000)).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}  {kind} group of "))
+    assert says in lines[start + 1]
+    assert any(re.match(r"    model\.layers\.2\.mlp\.up_proj +w:int4/g16", line) for line in lines[start:])
 
 
 def test_an_observer_says_what_it_collects_and_for_whom(document: Document) -> None:
