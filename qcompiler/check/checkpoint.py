@@ -18,8 +18,12 @@ from qcompiler.emit.schema import QUANT_METHOD
 from qcompiler.errors import CheckpointError
 
 _MAX_CONFIG = 32 << 20  # bytes; the exact names of 100,000 experts take 8 MB
-_MAX_COUNTED = 4096  # layers or experts that a config may claim, whatever the files hold
-_COUNTS = re.compile(r"(num|n)_.*(layers|experts)|n_layer")
+_MAX_EXPERTS = 4096  # that a config may claim, whatever the files hold
+_MAX_LAYERS = 512  # a graph of more takes minutes; the deepest models have a quarter of that
+_MAX_SIZE = 1 << 20  # of a dimension, whatever the files hold: tables of that many entries are made in no time
+_EXPERTS = re.compile(r"(num|n)_.*experts")
+_LAYERS = re.compile(r"(num|n)_.*layers|n_layer")
+_SIZES = re.compile(r"(.*_)?(size|dim)|n_(embd|inner)")
 _CHUNK = 4 << 20  # bytes of a tensor that are in memory at once
 
 PARTS = re.compile(
@@ -48,7 +52,7 @@ class Checkpoint:
         config = _read_config(folder)
         reader = CheckpointReader.open(folder)
         try:
-            _check_counts(config, folder, len(reader.tensors))
+            _check_numbers(config, folder, reader.tensors)
             parts: dict[str, dict[str, TensorMeta]] = {}
             for key, meta in reader.tensors.items():
                 module, _, part = key.rpartition(".")
@@ -138,13 +142,15 @@ def _targets(group: object) -> object:
     return group.get("targets") if isinstance(group, dict) else None
 
 
-def _check_counts(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
-    """Raise `CheckpointError` for more layers or experts than there can be: building them would take forever."""
-    limit = max(tensors, _MAX_COUNTED)
+def _check_numbers(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, TensorMeta]) -> None:
+    """Raise `CheckpointError` for more layers, or larger ones, than there can be: building them would take forever."""
+    layers, experts = min(len(tensors), _MAX_LAYERS), max(len(tensors), _MAX_EXPERTS)
+    size = max(_MAX_SIZE, *(8 * meta.nbytes for meta in tensors.values())) if tensors else _MAX_SIZE
+    limits = ((_LAYERS, layers), (_EXPERTS, experts), (_SIZES, size))
     nested = [part for part in config.values() if isinstance(part, dict)]
     for key, value in (item for part in (config, *nested) for item in part.items()):
-        if isinstance(value, int) and value > limit and _COUNTS.fullmatch(str(key)):
+        if isinstance(value, int) and any(value > limit and names.fullmatch(str(key)) for names, limit in limits):
             raise CheckpointError(
-                f"{folder / 'config.json'}: {key} is {value}, and the files hold {tensors} tensors",
+                f"{folder / 'config.json'}: {key} is {str(value)[:40]}, and the files hold {len(tensors)} tensors",
                 hint="config.json and weights are of different models: do not trust this checkpoint",
             )

@@ -138,11 +138,16 @@ def test_a_giant_index_is_not_read(folder: Path, refused: Refused) -> None:
     refused(folder, ["an index of 10737418240 bytes"])
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
-def test_more_layers_than_there_can_be_are_not_built(key: str, base: Base, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 4000), ("num_local_experts", 10**9), ("head_dim", 10**9), ("hidden_size", 10**30)],
+)
+def test_more_than_there_can_be_is_not_built(
+    key: str, value: int, base: Base, tmp_path: Path, refused: Refused
+) -> None:
     edited = base("mixture" if "experts" in key else "packed")
-    edited.config[key] = 10**9
-    refused(edited.write(tmp_path / "hostile"), [key, "is 1000000000, and the files hold"])
+    edited.config[key] = value
+    refused(edited.write(tmp_path / "hostile"), [key, f"is {value}, and the files hold"])
 
 
 NONSENSE = (None, 7, "x", [], {"num_bits": {}}, {"num_bits": 4, "group_size": "a"}, {"type": [], "scale_dtype": 3})
