@@ -26,6 +26,10 @@ class CaptureError(QCompilerError):
     """The model cannot be captured as a graph, or the graph does not compute what the model computes."""
 
 
+class ModelConfigError(CaptureError):
+    """Transformers knows the kind of the model, and refuses what config.json says of it."""
+
+
 class CheckpointError(QCompilerError):
     """An input checkpoint that is damaged, incomplete or unsafe; or an output that cannot be written."""
 

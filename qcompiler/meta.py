@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qcompiler.errors import CaptureError
+from qcompiler.errors import ModelConfigError
 
 
 def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a config describes, in eval mode on the meta device. Raises `CaptureError`."""
+    """The model that a config describes, in eval mode on the meta device. Raises `ModelConfigError`."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -20,8 +20,9 @@ def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = 
             )
     except Exception as error:
         wrong = "the code that the model brings" if getattr(config, "auto_map", None) else "config.json"
-        raise CaptureError(
-            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {error}",
+        said = str(error).partition("\nException raised from")[0]  # no stack of C++ functions
+        raise ModelConfigError(
+            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {said}",
             hint=f"correct {wrong}: Transformers itself does not build it",
         ) from error
     _all_on_meta(model)

@@ -26,7 +26,7 @@ from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.quantized import is_dense, refuse_described
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint, holds_weights
 from qcompiler.checkpoints.writer import DiskTensor
-from qcompiler.errors import CaptureError, CheckpointError, ConfigError, did_you_mean
+from qcompiler.errors import CaptureError, CheckpointError, ConfigError, ModelConfigError, did_you_mean
 from qcompiler.meta import build_on_meta
 from qcompiler.refuse import refuse, refuse_built
 
@@ -266,7 +266,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config can fail in as many ways as there are models
-        raise CaptureError(
+        raise ModelConfigError(
             f"{file} is no valid {kind} config: {type(error).__name__}: {error}",
             hint="correct config.json: Transformers itself does not load it",
         ) from error

@@ -50,6 +50,7 @@ KINDS: dict[str, Kind] = {
         ignore_differs="an `ignore` entry that loaders read differently (a class, a part of a name)",
         shards_ignored="`ignore` covers some shards of a fused module: vLLM and SGLang raise",
         loaders_disagree="two loaders give one layer different schemes",
+        model_invalid="Transformers refuses what config.json says of the model",
         group_invalid="a group that a loader refuses: unknown keys, impossible values",
         target_invalid="a target that is no regular expression",
         cache_invalid="`kv_cache_scheme` is not what loaders take: FP8, static, per tensor or head",

@@ -16,7 +16,7 @@ from qcompiler.check.checkpoint import PARTS, Checkpoint
 from qcompiler.checkpoints.conversions import Conversion, reading
 from qcompiler.checkpoints.ties import not_by_design, tie_classes
 from qcompiler.emit.sites import EXPERT_NAME, Site
-from qcompiler.errors import CaptureError, CheckpointError, LegalityError
+from qcompiler.errors import CaptureError, CheckpointError, LegalityError, ModelConfigError
 from qcompiler.formats import cache_scale
 from qcompiler.ir.annotations import Structure
 from qcompiler.ir.graph import Graph
@@ -49,7 +49,8 @@ class Linear:
 class Linears:
     """Every linear, and what else the model says of its tensors.
 
-    guessed: why the model was not captured, None where it was; then only `linears` is known. missing: dense parameters
+    guessed: why the model was not captured, None where it was; then only `linears` is known. refused: whether that is
+    because Transformers refuses the config. missing: dense parameters
     that no file holds, by path. unknown: keys that the model has no place for. shapes: of dense tensors, by key, what
     the model wants. cache_scales: the keys of the scales that a quantized KV cache would have. classes: of all modules.
     """
@@ -57,6 +58,7 @@ class Linears:
     linears: tuple[Linear, ...]
     dtype: torch.dtype
     guessed: str | None = None
+    refused: bool = False
     missing: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -74,7 +76,8 @@ def find_linears(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
         model = build_on_meta(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return _captured(checkpoint, model, capture_graph(model))
     except CaptureError as error:
-        return Linears(tuple(_guessed(checkpoint)), _dtype(checkpoint), guessed=error.message)
+        refused = isinstance(error, ModelConfigError)
+        return Linears(tuple(_guessed(checkpoint)), _dtype(checkpoint), guessed=error.message, refused=refused)
 
 
 def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> Linears:

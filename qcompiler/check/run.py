@@ -53,6 +53,9 @@ def check_checkpoint(
 def _findings(
     opened: Checkpoint, config: Config, linears: Linears, values: Values, target: str | None
 ) -> Iterator[Finding]:
+    if linears.guessed is not None and linears.refused:
+        message = f"Transformers raises before it reads a weight: {linears.guessed}"
+        yield Finding.of("model-invalid", MODEL, ("transformers",), message, "correct config.json")
     if linears.guessed is not None:
         message = f"linears are guessed from tensor names, and dense ones may be missed: {linears.guessed}"
         yield Finding.of("not-captured", MODEL, (), message, "see above; findings about dense layers may be wrong")

@@ -69,6 +69,16 @@ def make_dense(edited: Edited, name: str) -> None:
 # --- config: what takes what ----------------------------------------------------------------------------------------
 
 
+@trap("packed", "model-invalid", MODEL, ("transformers",))
+def a_config_that_no_model_is_built_from(edited: Edited) -> None:
+    edited.config["vocab_size"] = -5
+
+
+@trap("packed", "model-invalid", MODEL, ("transformers",))
+def a_config_of_other_types(edited: Edited) -> None:
+    edited.config["architectures"] = 5
+
+
 @trap("packed", "fused-shards-differ", GATE_UP, VLLM_LIKE)
 def gate_symmetric_and_up_asymmetric(edited: Edited) -> None:
     edited.group()["targets"] = named("q", "k", "v", "o", "gate", "down")
