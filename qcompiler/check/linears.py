@@ -50,7 +50,7 @@ class Linears:
     """Every linear, and what else the model says of its tensors.
 
     guessed: why the model was not captured, None where it was; then only `linears` is known. refused: whether that is
-    because Transformers refuses the config. missing: dense parameters
+    because Transformers refuses the config. mend: what to do about it. missing: dense parameters
     that no file holds, by path. unknown: keys that the model has no place for. shapes: of dense tensors, by key, what
     the model wants. cache_scales: the keys of the scales that a quantized KV cache would have. classes: of all modules.
     """
@@ -59,6 +59,7 @@ class Linears:
     dtype: torch.dtype
     guessed: str | None = None
     refused: bool = False
+    mend: str = ""
     missing: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -77,7 +78,8 @@ def find_linears(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
         return _captured(checkpoint, model, capture_graph(model))
     except CaptureError as error:
         refused = isinstance(error, ModelConfigError)
-        return Linears(tuple(_guessed(checkpoint)), _dtype(checkpoint), guessed=error.message, refused=refused)
+        linears, dtype = tuple(_guessed(checkpoint)), _dtype(checkpoint)
+        return Linears(linears, dtype, guessed=error.message, refused=refused, mend=error.hint or "")
 
 
 def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> Linears:

@@ -55,10 +55,10 @@ def _findings(
 ) -> Iterator[Finding]:
     if linears.guessed is not None and linears.refused:
         message = f"Transformers raises before it reads a weight: {linears.guessed}"
-        yield Finding.of("model-invalid", MODEL, ("transformers",), message, "correct config.json")
+        yield Finding.of("model-invalid", MODEL, ("transformers",), message, linears.mend)
     if linears.guessed is not None:
-        message = f"linears are guessed from tensor names, and dense ones may be missed: {linears.guessed}"
-        yield Finding.of("not-captured", MODEL, (), message, "see above; findings about dense layers may be wrong")
+        message = f"linears are guessed from tensor names, and dense ones may be missed or misjudged: {linears.guessed}"
+        yield Finding.of("not-captured", MODEL, (), message, linears.mend)
     stored = Stored(opened, config, linears)
     verdicts = resolve(config, linears, frozenset(n for n in opened.parts if opened.is_quantized(n)))
     comparison = Comparison(config, linears.linears, verdicts, stored.fits)
