@@ -79,13 +79,13 @@ def test_the_first_failure_is_raised_and_what_was_not_begun_never_is(fails: str,
     def work(part: int) -> None:
         with lock:
             begun.append(part)
-        sleep(0.001)
         if fails == "work" and part == 0:
             raise ValueError("part 0")
+        sleep(0.05 if threads > 1 else 0)  # to begin half of them would take seconds, however busy the machine is
 
     with pytest.raises(ValueError, match="item 1" if fails == "prepare" else "part 0"):
-        in_parallel_parts(prepare, work, range(4), device=CPU)
-    assert len(begun) < 800  # of 1600
+        in_parallel_parts(prepare, work, range(4 if fails == "prepare" else 1), device=CPU)
+    assert len(begun) <= (400 if fails == "prepare" else 200)
     assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="item 1" if fails == "prepare" else "part 0"):
         in_parallel(lambda item: prepare(item) if fails == "prepare" else work(item), range(3), device=CPU)
