@@ -12,7 +12,7 @@ RUNTIME := $(VENV)/.runtime
 DEVELOPMENT := $(VENV)/.development
 DEMO := qcompiler/demo
 SOURCES := $(shell find qcompiler passes -type f ! -name '*.pyc' ! -name '*.md')
-SERVED := w4a16-asym w8a8+w4a16 fp8-dynamic
+SERVED := w4a16-asym w8a8+w4a16 fp8-dynamic awq-w4a16+gptq-w8a8 gptq-w8a8+awq-w4a16
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types tests serve-check clean
@@ -62,7 +62,8 @@ serve-check: $(RUNTIME) $(SERVED:%=$(OUT)/serve/%/qcompiler.json)
 	$(BIN)/python tools/serve/check.py $(SERVED:%=$(OUT)/serve/%)
 
 $(OUT)/serve/%/qcompiler.json: $(RUNTIME) $(SOURCES)
-	$(BIN)/qcompiler compile $(DEMO)/model --pipeline $* --target vllm-cpu --output $(OUT)/serve/$* --overwrite
+	$(BIN)/qcompiler compile $(DEMO)/model --pipeline $* --target vllm-cpu --dataset $(DEMO)/calibration.txt \
+	  --samples 64 --output $(OUT)/serve/$* --overwrite
 
 clean:
 	rm -rf out build dist *.egg-info .venv .venv-ci .venv-serve .venv-serve-wheels

@@ -76,7 +76,7 @@ class CheckpointStep:
             name = self._context.source.names.disk_name(path)
             assert name is not None, f"{path} was transformed and has no name on disk"
             tensors[name] = work.weights[path].cpu()
-        for parts in in_parallel(lambda path: self._pack(path, work), packed, device=self._context.device):
+        for parts in in_parallel(lambda path: self._pack(path, work), packed, workers=work.workers):
             tensors |= parts
         for observer, scale in work.caches.items():
             module = self._context.source.names.disk_module(observer.consumers[0])

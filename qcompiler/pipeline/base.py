@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qcompiler.data.spec import CalibrationSpec
     from qcompiler.runtime.channels import ChannelStatistic
     from qcompiler.runtime.hessian import HessianStatistic
+    from qcompiler.runtime.parallel import Workers
     from qcompiler.runtime.statistics import Statistic
     from qcompiler.runtime.weights import LazyWeights
     from qcompiler.source import ModelSource
@@ -142,11 +143,13 @@ class PartitionWork:
 
     `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
     `statistics` are what observers collected. Steps fill `solved` (by module path) and `caches` (scales of keys and
-    values, by observer), and name in `altered` the weights that they replaced and that stay dense.
+    values, by observer), and name in `altered` the weights that they replaced and that stay dense. `workers` are the
+    sweep's threads.
     """
 
     partition: Partition
     weights: LazyWeights
+    workers: Workers
     statistics: Statistics = field(default_factory=Statistics)
     solved: dict[str, Solved] = field(default_factory=dict)
     altered: set[str] = field(default_factory=set)

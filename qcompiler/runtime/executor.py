@@ -41,6 +41,7 @@ from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.memory import trim_memory
+from qcompiler.runtime.parallel import Workers
 from qcompiler.runtime.quantized import QuantizedOperations, Rounding
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.runtime.stream import Stream, always
@@ -68,23 +69,25 @@ def sweep(graph: Graph, steps: Sequence[PartitionStep], context: Context, carry:
     spent = Spent([0.0] * len(steps))
     last_call = {leaf.path: i for i, part in enumerate(parts) for node in part.nodes if (leaf := get(node, Leaf))}
     carried: dict[str, Solved] = {}
-    for index, part in enumerate(parts):
-        context.progress(part.name, index, len(parts))
-        # In a function of its own, so that one partition's weights are gone before the next one's are read.
-        solved = _run_partition(
-            graph,
-            part,
-            steps,
-            context,
-            _Flow(stream, watched[index], index == last) if stream is not None and index <= last else None,
-            carried,
-            carry,
-            spent,
-        )
-        # A module that later partitions call again is solved once, by the first.
-        carried = {path: result for path, result in (carried | solved).items() if last_call[path] > index}
-        del solved
-        trim_memory()
+    with Workers(context.device) as workers:
+        for index, part in enumerate(parts):
+            context.progress(part.name, index, len(parts))
+            # In a function of its own, so that one partition's weights are gone before the next one's are read.
+            solved = _run_partition(
+                graph,
+                part,
+                steps,
+                context,
+                _Flow(stream, watched[index], index == last) if stream is not None and index <= last else None,
+                carried,
+                carry,
+                spent,
+                workers,
+            )
+            # A module that later partitions call again is solved once, by the first.
+            carried = {path: result for path, result in (carried | solved).items() if last_call[path] > index}
+            del solved
+            trim_memory()
     context.progress("done", len(parts), len(parts))
     return spent
 
@@ -107,6 +110,7 @@ def _run_partition(
     carried: Mapping[str, Solved],
     carry: Carry | None,
     spent: Spent,
+    workers: Workers,
 ) -> dict[str, Solved]:
     """Collect, let every step do its part, propagate; what was solved.
 
@@ -114,7 +118,7 @@ def _run_partition(
     """
     weights = lazy_weights(graph, part, context.source, context.device)
     called = {leaf.path for node in part.nodes if (leaf := get(node, Leaf))}
-    work = PartitionWork(part, weights, solved={path: carried[path] for path in called if path in carried})
+    work = PartitionWork(part, weights, workers, solved={path: carried[path] for path in called if path in carried})
     if carry is not None:
         _take_up(carry, work, context.device)
     clock = _Clock(weights)

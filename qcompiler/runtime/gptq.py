@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from qcompiler.errors import DataError
 from qcompiler.numerics import QuantizedTensor
 from qcompiler.runtime.hessian import HessianStatistic
-from qcompiler.runtime.parallel import in_parallel, in_parallel_parts
+from qcompiler.runtime.parallel import Workers, in_parallel, in_parallel_parts
 from qcompiler.solvers.columns import Rows
 from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq, output_error, output_size, stacked
 from qcompiler.solvers.options import GptqOptions
@@ -61,9 +60,7 @@ class _Stack:
     seconds: float
 
 
-def solve(
-    jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic], device: torch.device
-) -> dict[str, Result]:
+def solve(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic], workers: Workers) -> dict[str, Result]:
     """Turn the codes of each job's `nearest` into GPTQ's. What came of it, by path.
 
     Takes the statistics of its linears out of `hessians`, so that each is gone as soon as it is factored. Raises
@@ -75,13 +72,11 @@ def solve(
         before, size = output_error(job.weight, job.nearest, hessian), output_size(job.weight, hessian)
         return Result(Outcome(0.0, before, size, 0.0, 0), perf_counter() - start)
 
-    measured = in_parallel(measure, jobs, device=device, size=lambda job: job.weight.numel())
+    measured = in_parallel(measure, jobs, workers=workers, size=lambda job: job.weight.numel())
     found = dict(zip((job.path for job in jobs), measured, strict=True))
     groups = _groups(jobs, hessians)
     largest_first = sorted(groups, key=lambda number: -groups[number].jobs[0].weight.shape[1])
-    stacks = in_parallel_parts(
-        lambda number: _prepare(groups.pop(number), device), _solve, largest_first, device=device
-    )
+    stacks = in_parallel_parts(lambda number: _prepare(groups.pop(number)), _solve, largest_first, workers=workers)
     for path, solved in chain.from_iterable(stacks):
         known, more = found[path], solved.outcome
         outcome = replace(
@@ -107,7 +102,7 @@ def _groups(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic]
     return groups
 
 
-def _prepare(group: _Group, device: torch.device) -> list[_Stack]:
+def _prepare(group: _Group) -> list[_Stack]:
     start, jobs = perf_counter(), group.jobs
     try:
         factored = factor(group.statistic.value(), jobs[0].options)
@@ -117,7 +112,7 @@ def _prepare(group: _Group, device: torch.device) -> list[_Stack]:
             hint="use more calibration data, a larger damping, or solver rtn",
         ) from error
     limit = _STACKED_ROWS_DEVICE
-    if device.type == "cpu":
+    if factored.order.device.type == "cpu":
         limit = min(_STACKED_ROWS, max(16, _ELEMENTS // len(factored.order) // 16 * 16))
     stacks = stacked([job.nearest.spec for job in jobs], [len(job.weight) for job in jobs], limit)
     seconds = (perf_counter() - start) / len(stacks)

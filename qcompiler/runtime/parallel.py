@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -17,8 +17,57 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
+class Workers:
+    """The threads of a sweep: as many as torch has, on a CPU, and none elsewhere. Use it as a context manager.
+
+    They last, for each new thread may bring the allocator to keep one more heap.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nothing to do side by side with."""
+        return self._device.type != "cpu" or torch.get_num_threads() == 1
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """For a stretch of work, after which torch's number of threads is what it was; none goes on where it fails."""
+        threads = torch.get_num_threads()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads)
+        try:
+            yield
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            torch.set_num_threads(threads)
+            trim_memory()  # what the threads' own heaps keep
+
+    def submit(self, work: Callable[[T], R], item: T) -> Future[R]:
+        """Begin `work(item)`, within `busy`, as soon as a thread is free."""
+        assert self._pool is not None
+        return self._pool.submit(_by_itself, work, item)
+
+
+def _by_itself(work: Callable[[T], R], item: T) -> R:
+    torch.set_num_threads(1)  # each time: one of the libraries below torch has one number for all threads
+    return work(item)
+
+
 def in_parallel(
-    work: Callable[[T], R], items: Sequence[T], *, device: torch.device, size: Callable[[T], int] = lambda item: 0
+    work: Callable[[T], R], items: Sequence[T], *, workers: Workers, size: Callable[[T], int] = lambda item: 0
 ) -> list[R]:
     """`[work(item) for item in items]`, as many at a time as torch has threads.
 
@@ -27,56 +76,38 @@ def in_parallel(
     besides; also, what one thread computes does not depend on how many there are. Large items (by `size`) are begun
     first. Torch's number of threads is restored. Raises what the first failing item raised.
     """
-    if _alone(device) or len(items) < 2:
+    if workers.alone or len(items) < 2:
         return [work(item) for item in items]
-    order = sorted(range(len(items)), key=lambda index: -size(items[index]))
-    with _one_thread_each() as pool:
-        results = dict(zip(order, pool.map(lambda index: work(items[index]), order), strict=True))
-    return [results[index] for index in range(len(items))]
+    with workers.busy():
+        largest_first = sorted(range(len(items)), key=lambda index: -size(items[index]))
+        begun = {index: workers.submit(work, items[index]) for index in largest_first}
+        for ready in begun.values():
+            ready.result()  # the first that failed is what is told
+        return [begun[index].result() for index in range(len(items))]
 
 
 def in_parallel_parts(
-    prepare: Callable[[T], Sequence[P]], work: Callable[[P], R], items: Sequence[T], *, device: torch.device
+    prepare: Callable[[T], Sequence[P]], work: Callable[[P], R], items: Sequence[T], *, workers: Workers
 ) -> list[R]:
     """`[work(part) for item in items for part in prepare(item)]`, side by side as in `in_parallel`.
 
     All items are prepared first, in order; the parts of each are begun as soon as it is, and threads are free. Nothing
     here keeps a part that is done.
     """
-    if _alone(device):
+    if workers.alone:
         return [result for item in items for result in _used_up(work, deque(prepare(item)))]
     found: dict[int, list[Future[R]]] = {}
-    with _one_thread_each() as pool:
-        prepared = {pool.submit(prepare, item): index for index, item in enumerate(items)}
-        try:
-            while prepared:
-                done = wait(prepared, return_when=FIRST_COMPLETED).done
-                while done:
-                    ready = done.pop()
-                    found[prepared.pop(ready)] = [pool.submit(work, part) for part in ready.result()]
-                    del ready  # it holds what was prepared
-            return [part.result() for index in range(len(items)) for part in found[index]]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with workers.busy():
+        prepared = {workers.submit(prepare, item): index for index, item in enumerate(items)}
+        while prepared:
+            done = wait(prepared, return_when=FIRST_COMPLETED).done
+            while done:
+                ready = done.pop()
+                found[prepared.pop(ready)] = [workers.submit(work, part) for part in ready.result()]
+                del ready  # it holds what was prepared
+        return [part.result() for index in range(len(items)) for part in found[index]]
 
 
 def _used_up(work: Callable[[P], R], parts: deque[P]) -> Iterator[R]:
     while parts:
         yield work(parts.popleft())
-
-
-def _alone(device: torch.device) -> bool:
-    return device.type != "cpu" or torch.get_num_threads() == 1
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, and torch with one in each of them."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
-        trim_memory()  # what the threads' own heaps keep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Literal, TypeVar
@@ -35,7 +35,6 @@ from qcompiler.transforms.options import AwqOptions
 
 ScaleChoice = Literal["minmax", "mse", "importance"]
 Item = tuple[Node, Quant]
-R = TypeVar("R")
 S = TypeVar("S", Statistic, HessianStatistic, ChannelStatistic)
 
 
@@ -81,10 +80,10 @@ class SolveStep(PartitionStep):
             weight = work.weights[f"{path}.weight"]
             return path, self._nearest(path, weight, quant, globals_.get(node), importance), perf_counter() - start
 
-        rounded = self._in_parallel(nearest, todo)
+        rounded = in_parallel(nearest, todo, workers=work.workers, size=_size)
         work.statistics.hessians.clear()  # `hessians` has them, and lets go of each that is used up
         codes = {path: solved for path, solved, _ in rounded}
-        results = self._gptq(todo, codes, work.weights, hessians)
+        results = self._gptq(todo, codes, work, hessians)
 
         def error(item: Item) -> WeightError:
             path = need(item[0], Leaf).path
@@ -92,7 +91,7 @@ class SolveStep(PartitionStep):
             work.weights.release(f"{path}.weight")  # propagation multiplies by the solved one
             return found
 
-        errors = self._in_parallel(error, todo)
+        errors = in_parallel(error, todo, workers=work.workers, size=_size)
         for (_, quant), (path, solved, seconds), found in zip(todo, rounded, errors, strict=True):
             work.solved[path] = self._with_input(solved, ranges.get(path))
             work.altered.discard(f"{path}.weight")
@@ -144,23 +143,20 @@ class SolveStep(PartitionStep):
             self._tell_transformed(result, perf_counter() - start)
         self._context.report.tell_rescaled(work.altered)
 
-    def _in_parallel(self, work: Callable[[Item], R], items: Sequence[Item]) -> list[R]:
-        return in_parallel(work, items, device=self._context.device, size=_size)
-
     def _gptq(
         self,
         todo: Sequence[Item],
         rounded: Mapping[str, QuantizedTensor],
-        weights: Mapping[str, Tensor],
+        work: PartitionWork,
         hessians: dict[str, HessianStatistic],
     ) -> dict[str, gptq.Result]:
         asked = {need(node, Leaf).path: quant.options for node, quant in todo}
         jobs = [
-            gptq.Job(path, weights[f"{path}.weight"], rounded[path], options)
+            gptq.Job(path, work.weights[f"{path}.weight"], rounded[path], options)
             for path, options in asked.items()
             if options is not None and path in hessians
         ]
-        return gptq.solve(jobs, hessians, self._context.device)
+        return gptq.solve(jobs, hessians, work.workers)
 
     def _importance(
         self,

@@ -10,6 +10,7 @@ from qcompiler.ir.annotations import HessianObserver
 from qcompiler.numerics import quantize_weight
 from qcompiler.runtime import gptq
 from qcompiler.runtime.hessian import HessianStatistic
+from qcompiler.runtime.parallel import Workers
 from qcompiler.scheme import preset
 from qcompiler.solvers.options import GptqOptions
 
@@ -45,13 +46,13 @@ def test_each_is_solved_by_its_own_options_as_if_it_were_alone(threads: int) -> 
     torch.set_num_threads(threads)
     try:
         hessians = dict.fromkeys(OPTIONS, hessian(*OPTIONS))
-        results = gptq.solve(list(jobs.values()), hessians, CPU)
+        results = gptq.solve(list(jobs.values()), hessians, Workers(CPU))
     finally:
         torch.set_num_threads(before)
     assert not hessians
     for path in OPTIONS:
         alone = job(path)
-        expected = gptq.solve([alone], {path: hessian(path)}, CPU)[path].outcome
+        expected = gptq.solve([alone], {path: hessian(path)}, Workers(CPU))[path].outcome
         assert torch.equal(jobs[path].nearest.codes, alone.nearest.codes), path
         assert results[path].outcome == expected, path
         assert 0 < expected.error < expected.before

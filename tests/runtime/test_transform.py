@@ -14,6 +14,7 @@ from qcompiler.numerics import QuantizedTensor, nvfp4_global_scale, quantize_wei
 from qcompiler.pipeline.base import PartitionWork
 from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.hessian import HessianStatistic
+from qcompiler.runtime.parallel import Workers
 from qcompiler.runtime.transform import Measured, transform
 from qcompiler.scheme import preset
 from qcompiler.transforms.options import AwqOptions
@@ -45,7 +46,11 @@ def test_the_search_rounds_by_the_global_scale_that_fused_linears_will_share() -
         asked.append((path, weight, global_scale))
         return quantize_weight(weight, scheme.weights, scale_dtype=torch.bfloat16, global_scale=global_scale)
 
-    work = PartitionWork(Partition("layer 0", 0, (), (), ()), {**before, "norm.weight": torch.ones(32).bfloat16()})  # type: ignore[arg-type]
+    work = PartitionWork(
+        Partition("layer 0", 0, (), (), ()),
+        {**before, "norm.weight": torch.ones(32).bfloat16()},
+        Workers(torch.device("cpu")),
+    )  # type: ignore[arg-type]
     done = transform(
         rescale,
         work,

@@ -28,13 +28,13 @@ def main() -> None:
     parser.add_argument("--pipeline", default="w4a16-minmax.yaml", help="the peer rounds with min-max scales")
     options = parser.parse_args()
     folder = str(write_random(LLAMA_1B, options.models / "llama-1b"))
-    output = str(options.models / "out")
+    output, theirs = str(options.models / "out-ours"), str(options.models / "out-theirs")
     pipeline = HERE / options.pipeline
     jobs: dict[str, tuple[Path, Path, str, str, str, str, str] | tuple[Path, Path, str, str, str, str]] = {
         "qcompiler": (Path(sys.executable), HERE / "job_ours.py", "compile", folder, str(pipeline), output, "-"),
-        "llm-compressor oneshot": (options.peer_python, HERE / "job_peer.py", "oneshot", folder, "W4A16", output),
+        "llm-compressor oneshot": (options.peer_python, HERE / "job_peer.py", "oneshot", folder, "W4A16", theirs),
         "llm-compressor model_free_ptq": (
-            options.peer_python, HERE / "job_peer.py", "model-free", folder, "W4A16", output,
+            options.peer_python, HERE / "job_peer.py", "model-free", folder, "W4A16", theirs,
         ),
     }  # fmt: skip
     samples: dict[str, list[Sample]] = {name: [] for name in jobs}
@@ -43,10 +43,10 @@ def main() -> None:
             samples[name].append(run(*job, threads=options.threads))
             print(f"  {name:<30} {summary(samples[name][-1:])}", flush=True)
     ours = samples["qcompiler"]
-    for name, theirs in samples.items():
-        ratio = median(a.seconds / b.seconds for a, b in zip(ours, theirs, strict=True))
-        memory = median(a.anonymous / b.anonymous for a, b in zip(ours, theirs, strict=True))
-        print(f"{name:<30} {summary(theirs)}   ours/theirs: time {ratio:.2f}, anonymous {memory:.2f}")
+    for name, found in samples.items():
+        ratio = median(a.seconds / b.seconds for a, b in zip(ours, found, strict=True))
+        memory = median(a.anonymous / b.anonymous for a, b in zip(ours, found, strict=True))
+        print(f"{name:<30} {summary(found)}   ours/theirs: time {ratio:.2f}, anonymous {memory:.2f}")
 
 
 if __name__ == "__main__":

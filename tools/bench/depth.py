@@ -27,7 +27,7 @@ def main() -> None:
         for layers in (4, 16, 32):
             config = llama_config(hidden=2048, intermediate=5632, layers=layers, heads=32, kv_heads=8, vocabulary=32000)
             folder = write_random(config, options.models / f"llama-2048x{layers}")
-            output = options.models / "out"
+            output = options.models / "out-ours"
             tokens = f"{options.samples}x{options.length}"
             job = (HERE / "job_ours.py", "compile", str(folder), pipeline, str(output), tokens)
             samples = [run(Path(sys.executable), *job, threads=2) for _ in range(options.runs)]

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  else the clock would count imports
 from datasets import Dataset
 from llmcompressor import model_free_ptq, oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier

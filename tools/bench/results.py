@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from fidelity import load, predictions
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from qcompiler.compiler import compile
 from qcompiler.data import CalibrationSpec
@@ -87,7 +87,7 @@ def _table(options: argparse.Namespace) -> Iterator[str]:
                 ours = _ours(folder, pipeline, calibration, Path(temporary) / "ours")
                 theirs = _theirs(folder, pipeline, calibration, Path(temporary), options.peer_python)
                 cells = [
-                    made if isinstance(made, Cell) else _measured(load(made), evaluation, wanted.logits)
+                    made if isinstance(made, Cell) else _measured(made, evaluation, wanted.logits)
                     for made in (ours, theirs)
                 ]
             yield f"| {name} | `{pipeline}` | {cells[0]} | {cells[1]} |"
@@ -123,8 +123,11 @@ def _theirs(folder: Path, pipeline: str, rows: list[list[int]], scratch: Path, p
     return output
 
 
-def _measured(model: PreTrainedModel, rows: list[list[int]], wanted: list[torch.Tensor]) -> Cell:
-    found = predictions(model, rows, against=wanted)
+def _measured(folder: Path, rows: list[list[int]], wanted: list[torch.Tensor]) -> Cell:
+    try:
+        found = predictions(load(folder), rows, against=wanted)
+    except RuntimeError as error:  # Transformers' own: a checkpoint that it loads and cannot run
+        return Cell(reason=f"cannot be run: {str(error).splitlines()[0][:80]}")
     return Cell(found.perplexity, found.divergence)
 
 
