@@ -126,7 +126,7 @@ class Legalize(GraphPass):
             raise LegalityError(
                 f"{target.name} cannot load what was assigned, though every scheme is legal: {rehearsal.refused}",
                 hint="choose another format (FP8 and INT8 keep a tensor `weight`, packed weights do not), leave these "
-                "layers dense, or compile for another --target"
+                "layers dense, or compile for another --target or --dtype"
                 + (", or remove kv_cache from assign" if graph.kv_cache else ""),
             )
         if rehearsal.refused is not None:

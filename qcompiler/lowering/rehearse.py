@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
+from qcompiler.ir.annotations import scheme_of
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.predict import written_specs
 from qcompiler.lowering.ties import untied
@@ -39,8 +40,11 @@ def rehearse(graph: Graph, source: ModelSource, quantization: Mapping[str, Any])
 
     It finds what no table of kernels can: a model class that initializes linears by a `weight` that packed ones do not
     have, experts that the quantizer exchanges for others, converters that look for other keys. Where the dense model
-    does not pass either, the rehearsal is at fault, and its result is unknown. A forward pass is not rehearsed.
+    does not pass either, the rehearsal is at fault, and its result is unknown. A forward pass is not rehearsed, but for
+    what is known to end one: see `_other_dtype`.
     """
+    if (reason := _other_dtype(graph, source.dtype)) is not None:
+        return Rehearsal(refused=reason)
     config = copy.deepcopy(source.config)
     if untied(graph, source):
         config.tie_word_embeddings = False  # as it will be written: see `CheckpointStep`
@@ -50,6 +54,19 @@ def rehearse(graph: Graph, source: ModelSource, quantization: Mapping[str, Any])
     dense = source.names.dense_specs(source.model.state_dict())
     unknown = _obstacle(source, source.config, _on_meta(dense), None)
     return Rehearsal(refused=refused) if unknown is None else Rehearsal(unknown=unknown)
+
+
+def _other_dtype(graph: Graph, dtype: torch.dtype) -> str | None:
+    """compressed-tensors makes FP4 and MX weights bfloat16, whatever the model computes in: torch multiplies no two."""
+    for node, leaf in graph.linears():
+        scheme = scheme_of(node)
+        if scheme is None or not (scheme.weights.is_nvfp4 or scheme.weights.is_mx) or dtype is torch.bfloat16:
+            continue
+        return (
+            f"the model computes in {str(dtype).removeprefix('torch.')}, and the weight of {leaf.path} "
+            f"({scheme.weights.short}) becomes bfloat16 there: use --dtype bfloat16 (Python: dtype)"
+        )
+    return None
 
 
 def _on_meta(specs: Mapping[str, Spec]) -> dict[str, Tensor]:

@@ -62,3 +62,18 @@ def test_a_model_that_does_not_pass_dense_says_nothing_of_schemes(graph: Graph, 
         broken = Broken(graph.model.config)
     with ModelSource(saved(graph), graph.model.config, broken) as source:
         assert rehearse(graph, source, quantization("Linear")) == Rehearsal(unknown="ValueError: out of order")
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_formats_that_become_bfloat16_are_refused_where_the_model_computes_in_another_dtype(
+    scheme: str, saved: Saved
+) -> None:
+    """Transformers loads such a checkpoint, and then fails at its first linear: seen on models in float32."""
+    graph = run(block(), assign(rule(scheme, layers=0))).graph
+    with ModelSource(saved(graph), graph.model.config, graph.model) as source:
+        computed = source.dtype
+        refused = rehearse(graph, source, {}).refused
+    assert computed is torch.float32
+    assert refused is not None
+    assert "computes in float32" in refused
+    assert "use --dtype bfloat16" in refused
