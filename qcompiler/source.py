@@ -231,6 +231,22 @@ def _stage_tokenizer(tokenizer: TokenizerLike | None, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """What config.json of a model folder says, as it stands. Raises `CheckpointError` where it is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no config.json", hint="give a folder as save_pretrained writes it")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is not JSON: {type(error).__name__}: {str(error)[:200]}", hint="download the file again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} holds a {type(raw).__name__}, not a JSON object", hint="download the file again")
+    return raw
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The config of a model folder, as Transformers understands it.
 
@@ -239,17 +255,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder", hint="give a folder as save_pretrained writes it")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json", hint="give a folder as save_pretrained writes it")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is not JSON: {type(error).__name__}: {error}", hint="download the file again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds a {type(raw).__name__}, not a JSON object", hint="download the file again")
+    file, raw = folder / "config.json", read_config_json(folder)
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
     if "auto_map" in raw and not known and not trust_remote_code:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from qcompiler.checkpoints.header import TensorMeta
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.emit.schema import QUANT_METHOD
 from qcompiler.errors import CheckpointError
+from qcompiler.source import read_config_json
 
 _MAX_CONFIG = 32 << 20  # bytes; the exact names of 100,000 experts take 8 MB
 _MAX_EXPERTS = 4096  # that a config may claim, whatever the files hold
@@ -91,21 +91,12 @@ class Checkpoint:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json", hint="give the folder of a compressed checkpoint")
-    size = file.stat().st_size
+    size = file.stat().st_size if file.is_file() else 0
     if size > _MAX_CONFIG:
         raise CheckpointError(
             f"{file}: a config of {size} bytes; at most {_MAX_CONFIG} are read", hint="do not trust this checkpoint"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is not JSON: {type(error).__name__}: {str(error)[:200]}", hint="download the file again"
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds a {type(config).__name__}, not a JSON object", hint="download it again")
+    config = read_config_json(folder)
     quantization = config.get("quantization_config")
     hint = f"only {QUANT_METHOD} checkpoints are checked: compile one, or see llm-compressor"
     if not isinstance(quantization, dict):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from qcompiler.check.config import Config, Group
-from qcompiler.check.findings import Finding
+from qcompiler.check.findings import ALL, Finding
 from qcompiler.check.linears import Linears
 from qcompiler.check.loaders import Verdicts
 from qcompiler.emit.sites import Site
@@ -38,8 +38,9 @@ def illegal(name: str, config: Config, linears: Linears, verdicts: Verdicts) -> 
 
 def unloadable(config: Config, linears: Linears, verdicts: Verdicts) -> Iterator[Finding]:
     """What every target of a runtime refuses. Where only kernels are missing, it is a warning."""
-    for loader in ("vllm", "transformers", "sglang"):
-        targets = [load_target(name) for name in target_names() if load_target(name).loader == loader]
+    known = [load_target(name) for name in target_names()]
+    for loader in ALL:
+        targets = [target for target in known if target.loader == loader]
         sites = _sites(loader, linears, verdicts)
         by_name = {site.name: site for site in sites}
         found = [{v.site: v for v in check(target, sites, kv_cache=config.kv_cache)} for target in targets]

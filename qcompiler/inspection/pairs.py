@@ -46,7 +46,8 @@ def read_pair(
     if common == [_PIPELINE]:
         if model is None:
             raise ConfigError("--diff of two pipelines needs a MODEL", hint="qcompiler inspect MODEL --diff P Q")
-        return tuple(read_plan(model, word, options=options) for word in words)  # type: ignore[return-value]
+        first, second = (read_plan(model, word, options=options) for word in words)
+        return first, second
     if model is not None:
         raise ConfigError(
             f"--diff {' '.join(words)}: these are read by themselves, and MODEL {model} has no part in it",

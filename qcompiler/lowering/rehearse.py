@@ -58,14 +58,15 @@ def rehearse(graph: Graph, source: ModelSource, quantization: Mapping[str, Any])
 
 def _other_dtype(graph: Graph, dtype: torch.dtype) -> str | None:
     """compressed-tensors makes FP4 and MX weights bfloat16, whatever the model computes in: torch multiplies no two."""
+    if dtype is torch.bfloat16:
+        return None
     for node, leaf in graph.linears():
         scheme = scheme_of(node)
-        if scheme is None or not (scheme.weights.is_nvfp4 or scheme.weights.is_mx) or dtype is torch.bfloat16:
-            continue
-        return (
-            f"the model computes in {str(dtype).removeprefix('torch.')}, and the weight of {leaf.path} "
-            f"({scheme.weights.short}) becomes bfloat16 there: use --dtype bfloat16 (Python: dtype)"
-        )
+        if scheme is not None and (scheme.weights.is_nvfp4 or scheme.weights.is_mx):
+            return (
+                f"the model computes in {str(dtype).removeprefix('torch.')}, and the weight of {leaf.path} "
+                f"({scheme.weights.short}) becomes bfloat16 there: use --dtype bfloat16 (Python: dtype)"
+            )
     return None
 
 

@@ -81,9 +81,8 @@ def in_parallel(
     with workers.busy():
         largest_first = sorted(range(len(items)), key=lambda index: -size(items[index]))
         begun = {index: workers.submit(work, items[index]) for index in largest_first}
-        for ready in begun.values():
-            ready.result()  # the first that failed is what is told
-        return [begun[index].result() for index in range(len(items))]
+        found = {index: ready.result() for index, ready in begun.items()}
+        return [found[index] for index in range(len(items))]
 
 
 def in_parallel_parts(
