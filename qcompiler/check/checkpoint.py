@@ -11,16 +11,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qcompiler.checkpoints.header import TensorMeta
+from qcompiler.checkpoints.header import TensorMeta, check_values
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.emit.schema import QUANT_METHOD
 from qcompiler.errors import CheckpointError
+from qcompiler.expressions import REGEX_PREFIX
 from qcompiler.source import read_config_json
 
 _MAX_CONFIG = 32 << 20  # bytes; the exact names of 100,000 experts take 8 MB
 _MAX_EXPERTS = 4096  # that a config may claim, whatever the files hold
 _MAX_LAYERS = 512  # a graph of more takes minutes; the deepest models have a quarter of that
 _MAX_SIZE = 1 << 20  # of a dimension, whatever the files hold: tables of that many entries are made in no time
+_MAX_GROUPS = 10_000
+_MAX_EXPRESSIONS = 1 << 20  # characters; compiling them takes seconds
 _EXPERTS = re.compile(r"(num|n)_.*experts")
 _LAYERS = re.compile(r"(num|n)_.*layers|n_layer")
 _SIZES = re.compile(r"(.*_)?(size|dim)|n_(embd|inner)")
@@ -30,16 +33,21 @@ PARTS = re.compile(
     r"weight(_packed|_scale|_zero_point|_shape|_global_scale|_g_idx)?|(input|output)_(scale|zero_point|global_scale)"
 )
 """What compressed-tensors stores under a quantized module."""
+PLACE = "quantization_config"
+"""Where every loader finds a quantization in config.json."""
 _MARKS = ("weight_packed", "weight_scale")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An open checkpoint. `parts` are the tensors of modules, by their names on disk, then by part."""
+    """An open checkpoint. place: where in config.json the quantization stands. parts: the tensors of modules, by their
+    names on disk, then by part.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     quantization: Mapping[str, Any]
+    place: str
     reader: CheckpointReader
     parts: Mapping[str, Mapping[str, TensorMeta]]
 
@@ -49,7 +57,7 @@ class Checkpoint:
 
         Raises `CheckpointError` where there is no compressed-tensors checkpoint, or its files are damaged or hostile.
         """
-        config = _read_config(folder)
+        config, quantization, place = _read_config(folder)
         reader = CheckpointReader.open(folder)
         try:
             _check_numbers(config, folder, reader.tensors)
@@ -58,7 +66,7 @@ class Checkpoint:
                 module, _, part = key.rpartition(".")
                 if PARTS.fullmatch(part):
                     parts.setdefault(module, {})[part] = meta
-            return cls(folder, config, config["quantization_config"], reader, parts)
+            return cls(folder, config, quantization, place, reader, parts)
         except BaseException:
             reader.close()
             raise
@@ -89,31 +97,52 @@ class Checkpoint:
         self.close()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """config.json, what it says of quantization, and where it says that."""
     file = folder / "config.json"
     size = file.stat().st_size if file.is_file() else 0
     if size > _MAX_CONFIG:
         raise CheckpointError(
             f"{file}: a config of {size} bytes; at most {_MAX_CONFIG} are read", hint="do not trust this checkpoint"
         )
+    if size:  # and not what has no size, such as a pipe: nobody knows when reading that ends
+        check_values(file.read_bytes(), file)
+    elif file.is_file():
+        raise CheckpointError(f"{file} is not JSON: it is empty", hint="download the file again")
     config = read_config_json(folder)
-    quantization = config.get("quantization_config")
+    place, quantization = next(((place, at) for place, at in _places(config) if at is not None), (PLACE, None))
     hint = f"only {QUANT_METHOD} checkpoints are checked: compile one, or see llm-compressor"
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{file} has no quantization_config: this checkpoint is not quantized", hint=hint)
-    if quantization.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
-        raise CheckpointError(f"{file} has quant_method {str(quantization['quant_method'])[:80]!r}", hint=hint)
-    if quantization.get("sparsity_config"):
+    method = quantization.get("quant_method", QUANT_METHOD)
+    if not isinstance(method, str) or method.lower().replace("_", "-") != QUANT_METHOD:
+        raise CheckpointError(f"{file} has quant_method {str(method)[:80]!r}", hint=hint)
+    if _is_sparse(quantization.get("sparsity_config")):
         raise CheckpointError(
             f"{file} has a sparsity_config: sparse checkpoints are not read",
             hint="loaders have dropped them too: save the model again without sparse compression",
         )
     _check_form(quantization, file)
-    return config
+    return config, quantization, place
+
+
+def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Where vLLM looks for a quantization, in its order."""
+    text = config.get("text_config")
+    yield PLACE, config.get(PLACE)
+    yield f"text_config.{PLACE}", text.get(PLACE) if isinstance(text, dict) else None
+    yield "compression_config", config.get("compression_config")
+
+
+def _is_sparse(written: Any) -> bool:
+    """Whether weights are stored sparse. llm-compressor has long written the key for dense ones too."""
+    return bool(written) and not (
+        isinstance(written, dict) and written.get("format") in ("dense", None) and not written.get("targets")
+    )
 
 
 def _check_form(quantization: Mapping[str, Any], file: Path) -> None:
-    """Raise `CheckpointError` where groups, targets or ignores are not even mappings and lists of text."""
+    """Raise `CheckpointError` where groups, targets or ignores are not even mappings and lists of text, or too many."""
     groups, ignore = quantization.get("config_groups"), quantization.get("ignore")
     targets = []
     if isinstance(groups, dict):
@@ -126,6 +155,16 @@ def _check_form(quantization: Mapping[str, Any], file: Path) -> None:
             f"{file}: quantization_config needs config_groups, a mapping, whose targets and whose ignore are lists of "
             "names",
             hint="no loader reads this: correct the file, or write the checkpoint again",
+        )
+    if len(groups) > _MAX_GROUPS:
+        raise CheckpointError(
+            f"{file}: {len(groups)} config_groups; at most {_MAX_GROUPS} are read", hint="do not trust this checkpoint"
+        )
+    expressions = [entry for entries in lists for entry in entries if entry.startswith(REGEX_PREFIX)]
+    if (length := sum(map(len, expressions))) > _MAX_EXPRESSIONS:
+        raise CheckpointError(
+            f"{file}: regular expressions of {length} characters; at most {_MAX_EXPRESSIONS} are read",
+            hint="do not trust this checkpoint, or name the linears exactly",
         )
 
 

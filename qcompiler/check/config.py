@@ -15,6 +15,8 @@ from qcompiler.errors import ConfigError
 from qcompiler.expressions import REGEX_PREFIX, Pattern, PatternError
 from qcompiler.scheme import Format, KVCacheSpec, Scheme, Strategy
 
+_STORED = frozenset(str(format) for format in Format if format not in (Format.MIXED_PRECISION, "dense"))
+"""Formats that say how the tensors of a group are stored."""
 _ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED, Format.NVFP4)
 
 
@@ -78,6 +80,9 @@ def _top(quantization: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if quantization.get("transform_config"):
         yield _not_judged("transform_config", "it rotates activations, which is not looked at here")
+    if not quantization["config_groups"] and not quantization.get("kv_cache_scheme"):
+        message = "config_groups is empty: Transformers raises AttributeError, the others build a dense model"
+        yield Finding.of("groups-empty", MODEL, ("transformers",), message, "remove quantization_config")
     for key in quantization:
         if key not in TOP_KEYS and quantization[key]:
             yield Finding.of("key-unknown", MODEL, (), f"loaders ignore the key {str(key)[:80]!r}", "remove it")
@@ -135,16 +140,19 @@ def _group(name: str, written: Mapping[str, Any], quantization: Mapping[str, Any
 
 
 def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: Mapping[str, Any]) -> Iterator[Finding]:
-    scheme, mixed = group.scheme, quantization.get("format") == Format.MIXED_PRECISION
+    scheme = group.scheme
+    mixed = quantization.get("format") == Format.MIXED_PRECISION
     by_format = not (scheme.weights.is_nvfp4 or scheme.weights.is_mx)
-    if mixed and not written.get("format"):
+    common = quantization.get("format")
+    written_format = "missing" if common is None else str(common)[:80]
+    if not written.get("format") and (mixed or (by_format and common not in _STORED)):
         code = "group-format-missing" if by_format else "format-untidy"
         does = "vLLM raises NotImplementedError" if by_format else "loaders know this scheme without it"
         yield Finding.of(
             code,
             MODEL,
             ("vllm", "sglang") if by_format else (),
-            f"format is mixed-precision and group {name} ({scheme.short}) has none of its own: {does}",
+            f"format is {written_format} and group {name} ({scheme.short}) has none of its own: {does}",
             f'write "format": "{scheme.format}" into the group',
         )
     elif group.format is Format.MXFP8 and not scheme.weights.is_mx:

@@ -97,6 +97,14 @@ def overlaps(config: Config, linears: Sequence[Linear]) -> Iterator[Finding]:
             )
 
 
+def repeated(config: Config) -> Iterator[Finding]:
+    """Targets that stand in several groups."""
+    for target, owners in groups_of(config).items():
+        if len(owners) > 1:
+            message = f"{target!r} is a target of {', '.join(owners)}: every loader takes the last, {owners[-1]}"
+            yield Finding.of("target-repeated", MODEL, (), message, f"leave it in {owners[-1]} alone")
+
+
 def read_differently(ignore: Entries, linear: Linear) -> list[str]:
     """The `ignore` entries that cover a linear in some loaders and not in others."""
     return [entry for entry in ignore.entries if _may_cover(entry, linear) and len(set(_covers(entry, linear))) > 1]
@@ -118,8 +126,8 @@ def _covers(entry: str, linear: Linear) -> Iterator[bool]:
 def _takes(entry: str, names: set[str], linears: Linears) -> bool:
     if _is_regex(entry):
         return any(map(Pattern(entry).matches, names))
-    if entry in names or entry == "Linear" or entry in linears.classes:
-        return True
+    if entry in names or any(entry.lower() in name.lower() for name in ("Linear", *linears.classes)):
+        return True  # a part of a class name is enough for vLLM and SGLang
     return linears.guessed is not None and "." not in entry  # a class, for all that is known
 
 

@@ -15,6 +15,10 @@ ALL = ("vllm", "transformers", "sglang")
 """The loaders, as findings name them. `sglang 0.5.10` is that release, whose `ignore` matches substrings."""
 
 
+SCHEMA_VERSION = 1
+"""Of a report as JSON. Keys and codes may be added under one version; none goes, or changes its meaning."""
+
+
 class Severity(StrEnum):
     """An error: a loader fails or loads wrong values, or two loaders disagree. Info: it is only untidy."""
 
@@ -42,7 +46,7 @@ KINDS: dict[str, Kind] = {
         fused_name_matched="an expression takes the name of a fused module (`.*up_proj$` takes `gate_up_proj`)",
         targets_overlap="targets of two groups take one layer, and loaders choose differently",
         not_compressed="`quantization_status` is not `compressed`: Transformers loads random weights",
-        group_format_missing="`mixed-precision` without a format in each group: vLLM raises",
+        group_format_missing="a group without a format of its own, under `mixed-precision` or none: vLLM raises",
         head_by_class="a class as target takes `lm_head`, whose weights are dense: Transformers computes NaN",
         experts_differ="experts that a loader cannot give the schemes they are stored in",
         class_before_shards="SGLang looks at classes before the shards of fused modules",
@@ -50,6 +54,13 @@ KINDS: dict[str, Kind] = {
         ignore_differs="an `ignore` entry that loaders read differently (a class, a part of a name)",
         shards_ignored="`ignore` covers some shards of a fused module: vLLM and SGLang raise",
         loaders_disagree="two loaders give one layer different schemes",
+        config_place="the config stands where Transformers does not look: in `compression_config`, in `text_config`",
+        method_unread="`quant_method` is missing, or spelled as not all loaders read it",
+        files_differ="`model.safetensors` beside an index of other files: loaders read different ones",
+        file_stray="safetensors files beside `model.safetensors` without an index: vLLM loads them all",
+        prefix_differs="tensors with a prefix of names that Transformers adds or drops, and vLLM does not",
+        cache_scale_form="a scale of the KV cache of another shape or dtype than its strategy has",
+        groups_empty="`config_groups` is empty: Transformers raises",
         model_invalid="Transformers refuses what config.json says of the model",
         group_invalid="a group that a loader refuses: unknown keys, impossible values",
         target_invalid="a target that is no regular expression",
@@ -87,10 +98,14 @@ KINDS: dict[str, Kind] = {
         weight_scale_negative="scales of weights are negative, which no writer gives",
         target_unmatched="a target matches nothing",
         tensor_unknown="a tensor that the model has no place for",
+        tied_differ="the config ties two tensors that the files hold with other values: not all loaders untie them",
+        global_scale_small="NVFP4 weights whose global scale looks like the reciprocal of what loaders divide by",
         scale_dtype_absent="NVFP4 without `scale_dtype`: Transformers does not round the scales of activations",
     ),
     **_kinds(
         Severity.INFO,
+        index_incomplete="the index lacks tensors that its files hold",
+        target_repeated="one target stands in several groups: loaders take the last",
         ignore_unmatched="an `ignore` entry matches nothing",
         overlap_alike="targets of two groups take one layer, and all loaders choose alike",
         format_untidy="`mixed-precision` with one format only, or a group without the format it does not need",
@@ -150,6 +165,7 @@ class CheckReport:
         """For JSON."""
         fields = ("severity", "code", "layer", "loaders", "message", "mend")
         return {
+            "schema_version": SCHEMA_VERSION,
             "checkpoint": str(self.checkpoint),
             "target": self.target,
             "ok": self.ok,

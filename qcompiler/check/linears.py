@@ -24,6 +24,7 @@ from qcompiler.lowering.sites import sites
 from qcompiler.meta import build_on_meta
 from qcompiler.patterns.cache import cached_tensors
 from qcompiler.source import ModelSource, read_config
+from qcompiler.tensors import Spec
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
@@ -51,8 +52,11 @@ class Linears:
 
     guessed: why the model was not captured, None where it was; then only `linears` is known. refused: whether that is
     because Transformers refuses the config. mend: what to do about it. missing: dense parameters
-    that no file holds, by path. unknown: keys that the model has no place for. shapes: of dense tensors, by key, what
-    the model wants. cache_scales: the keys of the scales that a quantized KV cache would have. classes: of all modules.
+    that no file holds, by path. unknown: keys that the model has no place for. dense: by key, what the model wants of
+    tensors that are not quantized. embeddings: they may be quantized too. tied: keys of tensors that the model ties
+    and the files hold twice, the one that counts first. prefixed: keys that only Transformers finds, with their paths.
+    cache_scales: the keys of the scales that a
+    quantized KV cache would have. classes: of all modules.
     """
 
     linears: tuple[Linear, ...]
@@ -62,7 +66,10 @@ class Linears:
     mend: str = ""
     missing: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dense: Mapping[str, Spec] = field(default_factory=dict)
+    embeddings: tuple[Linear, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    prefixed: tuple[tuple[str, str], ...] = ()
     cache_scales: tuple[str, ...] = ()
     head_sizes: tuple[int, ...] = ()
     classes: frozenset[str] = frozenset()
@@ -78,8 +85,14 @@ def find_linears(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
         return _captured(checkpoint, model, capture_graph(model))
     except CaptureError as error:
         refused = isinstance(error, ModelConfigError)
-        linears, dtype = tuple(_guessed(checkpoint)), _dtype(checkpoint)
-        return Linears(linears, dtype, guessed=error.message, refused=refused, mend=error.hint or "")
+        return Linears(
+            tuple(_guessed(checkpoint)),
+            _dtype(checkpoint),
+            guessed=error.message,
+            refused=refused,
+            mend=error.hint or "",
+            cache_scales=tuple(key for key in checkpoint.reader.tensors if key.endswith((".k_scale", ".v_scale"))),
+        )
 
 
 def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> Linears:
@@ -99,8 +112,8 @@ def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> L
     merged = [c for c in conversions if c.converter is not None]
     linears += _experts(checkpoint, graph, [key for c in merged for key in c.sources])
     made = plain.keys() | _made(merged, state)
-    tied = {path for paths in tie_classes(model) if made & set(paths) for path in paths}
-    missing, _ = not_by_design(model, [path for path in state if path not in made | tied], ())
+    shared = {path for paths in tie_classes(model) if made & set(paths) for path in paths}
+    missing, _ = not_by_design(model, [path for path in state if path not in made | shared], ())
     cache = _cache_scales(graph, plain)
     _, unknown = not_by_design(model, (), [key for key in unused if key not in cache])
     return Linears(
@@ -108,11 +121,35 @@ def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> L
         model.dtype,
         missing=tuple(sorted(missing)),
         unknown=unknown,
-        shapes={key: tuple(state[path].shape) for path, key in plain.items() if path in state},
+        dense={key: (state[path].dtype, tuple(state[path].shape)) for path, key in plain.items() if path in state},
+        embeddings=tuple(_embeddings(model, plain)),
+        tied=tuple(_held_twice(checkpoint, model, plain)),
+        prefixed=tuple(_prefixed(model, plain)),
         cache_scales=cache,
         head_sizes=ModelSource(checkpoint.folder, model.config, model).head_sizes,
         classes=frozenset(type(module).__name__ for module in model.modules()),
     )
+
+
+def _embeddings(model: PreTrainedModel, plain: Mapping[str, str]) -> Iterator[Linear]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            rows, columns = module.weight.shape
+            site = Site(path, rows, columns, class_name="Embedding", structure=Structure.EMBEDDING)
+            disk = plain.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
+            yield Linear(site, replace(site, name=disk))
+
+
+def _held_twice(checkpoint: Checkpoint, model: PreTrainedModel, plain: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for paths in tie_classes(model):
+        keys = [plain[path] for path in paths if plain.get(path) in checkpoint.reader.tensors]
+        yield from ((keys[0], other) for other in keys[1:] if other != keys[0])
+
+
+def _prefixed(model: PreTrainedModel, plain: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names with `model.` too much or too little. vLLM's classes know of other prefixes, such as GPT-2's."""
+    if model.base_model_prefix == "model":
+        yield from ((key, path) for path, key in plain.items() if f"model.{key}" == path or key == f"model.{path}")
 
 
 def _conversions(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[Conversion], tuple[str, ...]]:

@@ -99,11 +99,11 @@ class Comparison:
             said = self._verdicts[linear.name]
             raised = [verdict for verdict in said if verdict.error is not None]
             for verdict in raised:
-                finding = _raised(verdict)
+                finding = _raised(verdict, quantized=not self._fits(linear, None))
                 key = f"{finding.code}: {finding.layer}"
                 if key not in told:
                     told.add(key)
-                    loaders = [v.loader for v in raised if _raised(v).code == finding.code]
+                    loaders = [v.loader for v in raised if _raised(v, quantized=False).code == finding.code]
                     yield replace(finding, loaders=tuple(dict.fromkeys(loaders)))
             fused = next((v for v in said if v.loader == "vllm" and len(v.resolution.module.sites) > 1), None)
             if fused is not None and fused.resolution.module.is_expert_block:
@@ -126,10 +126,10 @@ class Comparison:
         own = {site.leaf: self._own(site) for site in module.sites}
         if fused.error is not None or all(meaning == fused.meaning for meaning in own.values()):
             return None
-        alone = "; ".join(f"{leaf} {_short(meaning)}" for leaf, meaning in own.items())
+        alone = "; ".join(f"{leaf} {short(meaning)}" for leaf, meaning in own.items())
         wrong = self._wrong(module)
         target = self._ordered.first(module.name)
-        does = f"vLLM reads all of {module.name} as {_short(fused.meaning)}, and Transformers reads {alone}"
+        does = f"vLLM reads all of {module.name} as {short(fused.meaning)}, and Transformers reads {alone}"
         if target is not None and target.startswith(REGEX_PREFIX):
             return Finding.of(
                 "fused-name-matched",
@@ -167,7 +167,7 @@ class Comparison:
         by_meaning: dict[Meaning, list[str]] = {}
         for verdict in said:
             by_meaning.setdefault(verdict.meaning, []).append(verdict.loader)
-        reads = "; ".join(f"{', '.join(dict.fromkeys(who))}: {_short(meaning)}" for meaning, who in by_meaning.items())
+        reads = "; ".join(f"{', '.join(dict.fromkeys(who))}: {short(meaning)}" for meaning, who in by_meaning.items())
         wrong = [v for v in said if not self._fits(linear, v.meaning)]
         loaders = list(dict.fromkeys(verdict.loader for verdict in wrong or said))
         code, because, mend = self._cause(linear, said)
@@ -191,6 +191,13 @@ class Comparison:
                 "ignore linears by their full names, or by `re:` and an expression with `$`",
             )
         if is_lm_head(RuntimeModule(name, (linear.disk,))) and not taking:
+            if not self._fits(linear, None):
+                return (
+                    "head-by-class",
+                    "a class as target takes the head in Transformers alone, and it is stored quantized: the others "
+                    "build a dense one, and find no weight for it",
+                    f"add {path} to the targets of its group, by its name",
+                )
             return (
                 "head-by-class",
                 "a class as target takes the head in Transformers alone, where it is NaN if it is stored dense",
@@ -218,10 +225,11 @@ class Comparison:
         return next((v.meaning for v in self._verdicts[site.name] if v.loader == "transformers"), None)
 
 
-def _raised(verdict: Verdict) -> Finding:
+def _raised(verdict: Verdict, *, quantized: bool) -> Finding:
     name, error = verdict.resolution.module.name, verdict.error or ""
     if "Unable to find matching target" in error:
-        code, mend = "target-missing", f"add {name} to ignore"
+        leaves = ", ".join(site.leaf for site in verdict.resolution.module.sites)
+        code, mend = "target-missing", f"add {leaves} to a target" if quantized else f"add {name} to ignore"
     elif "MoE" in error:
         code, mend = "experts-differ", "give all projections of all experts of the block one scheme"
     else:
@@ -230,7 +238,8 @@ def _raised(verdict: Verdict) -> Finding:
     return Finding.of(code, name, (verdict.loader,), f"it raises: {error}", mend)
 
 
-def _short(meaning: Meaning) -> str:
+def short(meaning: Meaning) -> str:
+    """A meaning in a word: `w:int4/g128`, `dense`."""
     if meaning is None:
         return "dense"
     return f"group {meaning}" if isinstance(meaning, str) else meaning.scheme.short

@@ -9,7 +9,9 @@ from types import NoneType
 from qcompiler.arguments import check_type
 from qcompiler.check.checkpoint import Checkpoint
 from qcompiler.check.config import Config, read_config_groups
-from qcompiler.check.entries import overlaps, unmatched, within_budget
+from qcompiler.check.embeddings import Embeddings
+from qcompiler.check.entries import overlaps, repeated, unmatched, within_budget
+from qcompiler.check.files import of_folder
 from qcompiler.check.findings import MODEL, CheckReport, Finding, in_order
 from qcompiler.check.legal import illegal, unloadable
 from qcompiler.check.linears import Linear, Linears, find_linears
@@ -22,12 +24,17 @@ from qcompiler.targets import load_target
 
 
 def check_checkpoint(
-    checkpoint: str | Path, *, target: str | None = None, trust_remote_code: bool = False
+    checkpoint: str | Path,
+    *,
+    target: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> CheckReport:
     """Find what loaders will not load, or load wrong, in a compressed-tensors checkpoint: a folder or a hub id.
 
     Weights are not read: headers are, and the values of scales and zero points, a few MiB at a time. target: judge it
-    for one runtime on one kind of hardware; errors that concern other loaders alone become warnings.
+    for one runtime on one kind of hardware; errors that concern other loaders alone become warnings. revision: branch,
+    tag or commit of a hub model.
 
     Raises `CheckpointError` where there is no such checkpoint, or its files are damaged or hostile, and `ConfigError`
     for an unknown target.
@@ -35,10 +42,11 @@ def check_checkpoint(
     check_type("checkpoint", checkpoint, (str, Path), "a folder or a hub id")
     check_type("target", target, (str, NoneType), "the name of a target, or None")
     loader = load_target(target).loader if target is not None else None
-    folder = resolve_model(str(checkpoint))
+    folder = resolve_model(str(checkpoint), revision=revision)
     with Checkpoint.open(folder) as opened:
         try:
-            config, findings = read_config_groups(opened.quantization)
+            config, told = read_config_groups(opened.quantization)
+            findings = [*of_folder(opened), *told]
             linears = find_linears(opened, trust_remote_code=trust_remote_code)
             within_budget(config, linears)
             values = Values(opened)
@@ -66,15 +74,21 @@ def _findings(
     modules = {v.resolution.module.name for said in verdicts.values() for v in said}
     yield from unmatched(config, linears, frozenset(modules))
     yield from overlaps(config, comparison.agreed)
+    yield from repeated(config)
     for linear in linears.linears:
         meaning = _meaning(linear, verdicts, stored, comparison)
         yield from stored.findings(linear, meaning)
         if opened.is_quantized(linear.name):
             yield from values.findings(linear, meaning)
+    embeddings = Embeddings(config)
+    for embedding in linears.embeddings:
+        yield from embeddings.findings(embedding, stored)
+        yield from values.scales(embedding)
     yield from stored.of_model()
+    yield from values.tied(linears)
     for key in linears.cache_scales:
         if config.kv_cache is not None and key in opened.reader.tensors:
-            yield from values.scale(key, key.rpartition(".")[2], opened.reader.meta(key))
+            yield from values.scale(key, "cache_scale", opened.reader.meta(key))
     yield from values.fused(verdicts)
     if target is not None:
         yield from illegal(target, config, linears, verdicts)

@@ -37,6 +37,10 @@ class Stored:
     def __init__(self, checkpoint: Checkpoint, config: Config, linears: Linears) -> None:
         self._checkpoint, self._config, self._linears = checkpoint, config, linears
 
+    def is_quantized(self, linear: Linear) -> bool:
+        """Whether a linear is stored with codes and scales."""
+        return self._checkpoint.is_quantized(linear.name)
+
     def fits(self, linear: Linear, meaning: Meaning) -> bool:
         """Whether a linear's tensors are those of a meaning; true of one that is not known."""
         if isinstance(meaning, str):
@@ -53,7 +57,7 @@ class Stored:
             return
         if meaning is None:
             yield from self._dense(name, parts)
-        elif not self._checkpoint.is_quantized(name):
+        elif not self._checkpoint.is_quantized(name) and not self._has_codes(parts):
             if "weight" in parts or linear.path.kind == "experts":
                 does = (
                     "Transformers and vLLM look for codes and scales that are not there: they raise, or run at random"
@@ -85,28 +89,48 @@ class Stored:
                 columns = self._sizes(linear)[1]
                 yield from (_told(name, meaning, difference, columns) for difference in differences)
 
+    @staticmethod
+    def _has_codes(parts: Mapping[str, TensorMeta]) -> bool:
+        """Whether a weight is codes, which lack their scales."""
+        return "weight" in parts and not is_dense(parts["weight"].dtype)
+
     def of_model(self) -> Iterator[Finding]:
         """What is wrong with tensors of no linear: missing parameters, foreign tensors, scales of the KV cache."""
         known, tensors = self._linears, self._checkpoint.reader.tensors
-        named = {linear.path.name for linear in known.linears}
+        weights = {f"{linear.path.name}.weight" for linear in known.linears}  # told with their linears
         for path in known.missing:
-            if path.rpartition(".")[0] not in named:
+            if path not in weights:
                 yield Finding.of("tensor-missing", path, ALL, "no file holds this parameter", _AGAIN)
+        if known.prefixed:
+            first, path = known.prefixed[0]
+            message = (
+                f"{first} is {path} in the model, and so are {len(known.prefixed)} tensors: Transformers adds or drops "
+                "the prefix, vLLM looks for the model's own names and raises"
+            )
+            yield Finding.of(
+                "prefix-differs", MODEL, ("vllm", "sglang"), message, "rename the tensors as the model has them"
+            )
         for key in known.unknown:
             message = "the model has no place for it: Transformers ignores it, vLLM may raise"
             yield Finding.of("tensor-unknown", key, ("vllm",), message, "remove the tensor, or correct config.json")
-        for key, shape in known.shapes.items():
-            meta = tensors.get(key)
-            if meta is not None and meta.shape != shape and not self._checkpoint.is_quantized(key.rpartition(".")[0]):
+        on_disk = {linear.name for linear in known.linears}
+        for key, (dtype, shape) in known.dense.items():
+            meta, module = tensors.get(key), key.removesuffix(".weight")
+            if meta is None or (module != key and self._checkpoint.is_quantized(module)):
+                continue
+            if meta.shape != shape:
                 message = f"it has shape {list(meta.shape)}, and the model {list(shape)}"
                 yield Finding.of("tensor-shape", key, ALL, message, "config.json and weights are of different models")
+            if dtype.is_floating_point and not is_dense(meta.dtype) and module not in on_disk:
+                message = f"it is {_name(meta.dtype)} without scales: codes are read as numbers"
+                yield Finding.of("tensor-dtype", key, ALL, message, _AGAIN)
         if self._config.kv_cache is not None:
             yield from self._cache()
 
     def _cache(self) -> Iterator[Finding]:
         keys, tensors = self._linears.cache_scales, self._checkpoint.reader.tensors
         if self._linears.guessed is not None:
-            keys = () if any(key.endswith(".k_scale") for key in tensors) else (MODEL,)
+            keys = keys or (MODEL,)
         for key in keys:
             if key not in tensors:
                 message = (
@@ -114,6 +138,20 @@ class Stored:
                 )
                 mend = "calibrate the KV cache, or set kv_cache_scheme to null"
                 yield Finding.of("cache-scale-missing", key, ("vllm", "transformers", "sglang"), message, mend)
+            elif (meta := tensors[key]).dtype not in _FLOATS or not self._is_cache_shape(meta.shape):
+                strategy = self._config.kv_cache and self._config.kv_cache.strategy
+                wanted = "[heads, 1, 1]" if strategy == "attn_head" else "[1]"
+                message = (
+                    f"it is {_spec(meta.dtype, meta.shape)}; with strategy {strategy} loaders expect floats {wanted}"
+                )
+                yield Finding.of("cache-scale-form", key, ALL, message, "calibrate the KV cache again")
+
+    def _is_cache_shape(self, shape: tuple[int, ...]) -> bool:
+        assert self._config.kv_cache is not None
+        if self._config.kv_cache.strategy == "attn_head":
+            heads = self._checkpoint.config.get("num_key_value_heads")
+            return shape[1:] == (1, 1) and (not isinstance(heads, int) or shape[0] == heads)
+        return shape in ((), (1,))
 
     def _dense(self, name: str, parts: Mapping[str, TensorMeta]) -> Iterator[Finding]:
         if self._checkpoint.is_quantized(name):
@@ -196,7 +234,25 @@ def _told(name: str, group: Group, difference: _Difference, columns: int) -> Fin
         if 32 % scheme.weights.bits and found.shape == (wanted[1][0], -(-columns // per_word)):
             why = f"{message}: {per_word} values to a word, as before compressed-tensors 0.18"
             return Finding.of("words-padded", name, ALL, why, "write it again with compressed-tensors 0.18 or later")
-    return Finding.of("tensor-shape", name, ALL, message, _AGAIN)
+    if found.shape != wanted[1] and found.shape == wanted[1][::-1]:
+        return Finding.of("tensor-shape", name, ALL, f"{message}: it is the transpose", "transpose it")
+    return Finding.of("tensor-shape", name, ALL, message, _resized(group, difference, columns) or _AGAIN)
+
+
+def _resized(group: Group, difference: _Difference, columns: int) -> str | None:
+    """What the config would have to say for a tensor of integer weights to have the shape that was found."""
+    part, found, wanted, weights = difference.part, difference.found, difference.wanted, group.scheme.weights
+    if found is None or wanted is None or weights.type != "int" or len(found.shape) != 2:
+        return None
+    rows, groups = found.shape
+    if rows != wanted[1][0] or not groups or columns % groups:
+        return None
+    size = columns // groups
+    if part == "weight_scale" and weights.strategy is Strategy.GROUP and 1 < size < columns:
+        return f'write "group_size": {size} into its group, if that is what it was quantized with'
+    if part == "weight_packed" and 1 < size <= 16 and 32 % size == 0:
+        return f'write "num_bits": {32 // size} into its group, if that is what it was quantized with'
+    return None
 
 
 def _unexpected(name: str, group: Group, part: str, found: TensorMeta) -> Finding:

@@ -11,14 +11,16 @@ from torch import Tensor
 from qcompiler.check.checkpoint import Checkpoint
 from qcompiler.check.config import Group
 from qcompiler.check.findings import ALL, Finding
-from qcompiler.check.linears import Linear
+from qcompiler.check.linears import Linear, Linears
 from qcompiler.check.loaders import Meaning, Verdicts
 from qcompiler.checkpoints.header import TensorMeta
 from qcompiler.scheme import QuantSpec
 
-_DIVISORS = ("weight_global_scale", "input_global_scale", "input_scale")
-_SCALES = ("weight_scale", *_DIVISORS)
+_SCALES = ("weight_scale", "weight_global_scale", "input_global_scale", "input_scale")
+_DIVISORS = (*_SCALES[1:], "cache_scale")
 _NAN_EXPONENT = 255  # of E8M0
+_PLACES = 8  # where two tensors are compared
+_SAMPLE = 4096  # bytes at each
 _MEND = "quantize this layer again"
 
 
@@ -28,6 +30,7 @@ class _Counts:
     infinite: int = 0
     negative: int = 0
     zero: int = 0
+    small: int = 0
 
     def add(self, values: Tensor) -> None:
         self.total += values.numel()
@@ -38,6 +41,7 @@ class _Counts:
         self.infinite += int((~wide.isfinite()).sum())
         self.negative += int((wide < 0).sum())
         self.zero += int((wide == 0).sum())
+        self.small += int(((wide < 1) & (wide > 0)).sum())
 
 
 class Values:
@@ -49,13 +53,17 @@ class Values:
 
     def findings(self, linear: Linear, meaning: Meaning) -> Iterator[Finding]:
         """What is wrong with the numbers of a quantized linear."""
+        yield from self.scales(linear)
+        if isinstance(meaning, Group):
+            yield from self._zero_points(linear, meaning)
+            yield from self._shape(linear)
+
+    def scales(self, linear: Linear) -> Iterator[Finding]:
+        """What is wrong with the scales of a linear or an embedding, whatever its scheme."""
         parts = self._checkpoint.parts.get(linear.name, {})
         for part in _SCALES:
             if part in parts:
                 yield from self.scale(linear.name, part, parts[part])
-        if isinstance(meaning, Group):
-            yield from self._zero_points(linear, meaning)
-            yield from self._shape(linear)
 
     def scale(self, layer: str, part: str, meta: TensorMeta) -> Iterator[Finding]:
         """What is wrong with one scale."""
@@ -76,6 +84,12 @@ class Values:
         elif counts.negative:
             message = f"{counts.negative} {of} are negative: loaders multiply by them, which no writer means"
             yield Finding.of("weight-scale-negative", layer, ALL, message, _MEND)
+        if part == "weight_global_scale" and counts.small and not counts.negative:
+            message = (
+                f"{part} is below 1, which makes weights as large as 2688: it is divided by, and seems to be the "
+                "reciprocal, as ModelOpt writes it"
+            )
+            yield Finding.of("global-scale-small", layer, ALL, message, "write its reciprocal, or see that it is meant")
         if counts.zero and part in _DIVISORS:
             yield Finding.of(
                 "global-scale-zero", layer, ALL, f"{part} is zero: it is divided by, which gives NaN", _MEND
@@ -83,6 +97,23 @@ class Values:
         elif counts.zero:
             message = f"{counts.zero} {of} are zero: these weights are read as zeros"
             yield Finding.of("scale-zero", layer, ALL, message, "see that the dense weights were zero there")
+
+    def tied(self, linears: Linears) -> Iterator[Finding]:
+        """Tensors that the model ties and the files hold apart, compared at a few places."""
+        for key, other in linears.tied:
+            if self._sample(key) != self._sample(other):
+                message = (
+                    f"the config ties it to {key}, and its values are others: Transformers and vLLM 0.32 keep both, "
+                    f"SGLang and older vLLM take {key} for both"
+                )
+                mend = 'write "tie_word_embeddings": false into config.json'
+                yield Finding.of("tied-differ", other, ("sglang",), message, mend)
+
+    def _sample(self, key: str) -> tuple[object, ...]:
+        meta = self._checkpoint.reader.meta(key)
+        last = max(0, meta.nbytes - _SAMPLE)
+        places = (last * place // (_PLACES - 1) for place in range(_PLACES))
+        return meta.dtype, meta.shape, *(self._checkpoint.reader.bytes_at(key, start, _SAMPLE) for start in places)
 
     def fused(self, verdicts: Verdicts) -> Iterator[Finding]:
         """Scales that the shards of vLLM's fused modules must share, and do not."""

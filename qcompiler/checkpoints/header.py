@@ -44,6 +44,7 @@ _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 _MAX_HEADER = 100_000_000  # the library's own limit, in bytes
+_MAX_VALUES = 5_000_000  # of a JSON text: half a million tensors; parsed, they take some hundred MB
 _MAX_DIMS = 64  # torch's own limit: keeps the product of a hostile shape small
 _MAX_DIM = 2**63
 
@@ -100,7 +101,7 @@ def read_header(fd: int, file: Path) -> dict[str, TensorMeta]:
     the tensors fill the rest of the file without gap or overlap.
     """
     size = os.fstat(fd).st_size
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    length = int.from_bytes(os.pread(fd, 8, 0), "little") if size >= 8 else 0
     if size < 8 or length > size - 8:
         _bad(file, f"the header claims {length} bytes and the file has {size}: it is truncated, or no safetensors file")
     if length > _MAX_HEADER:
@@ -122,6 +123,7 @@ def read_header(fd: int, file: Path) -> dict[str, TensorMeta]:
 
 def parse_object(text: bytes, file: Path) -> dict[str, Any]:
     """A JSON object without duplicate keys or NaN. Raises `CheckpointError` naming `file`."""
+    check_values(text, file)
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -129,6 +131,12 @@ def parse_object(text: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         _bad(file, f"its JSON is a {type(value).__name__}, not an object")
     return value
+
+
+def check_values(text: bytes, file: Path) -> None:
+    """Raise `CheckpointError` for a JSON text of so many values that parsing it would fill the memory."""
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        _bad(file, f"its JSON holds more than {_MAX_VALUES} values")
 
 
 def _parse_entry(key: str, entry: object, file: Path, data: int) -> TensorMeta:

@@ -205,7 +205,7 @@ def _read_headers(folder: Path, files: dict[Path, int]) -> dict[str, TensorMeta]
         return _open_shard(folder / SINGLE_FILE, files)
     if not (folder / INDEX_FILE).exists():
         raise _no_weights(folder)
-    weight_map = _read_index(folder / INDEX_FILE)
+    weight_map = read_index(folder / INDEX_FILE)
     tensors: dict[str, TensorMeta] = {}
     for name in sorted(set(weight_map.values())):
         for key, meta in _open_shard(folder / name, files).items():
@@ -224,8 +224,11 @@ def _read_headers(folder: Path, files: dict[Path, int]) -> dict[str, TensorMeta]
     return tensors
 
 
-def _read_index(file: Path) -> dict[str, str]:
-    size = file.stat().st_size
+def read_index(file: Path) -> dict[str, str]:
+    """What an index says: tensor -> file. Raises `CheckpointError` for one that is none, or that leaves the folder."""
+    size = file.stat().st_size if file.is_file() else 0
+    if not size:  # also what has no size, such as a pipe, of which nobody knows when reading ends
+        raise CheckpointError(f"{file}: it is empty, or no file", hint="download the file again")
     if size > _MAX_INDEX:
         raise CheckpointError(
             f"{file}: an index of {size} bytes; at most {_MAX_INDEX} are read", hint="download the file again"

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from qcompiler.report import Report
 
 _QUIET = {
@@ -26,6 +28,27 @@ def print_json(data: Mapping[str, Any]) -> None:
     from json import dumps
 
     print(dumps(data, indent=2, default=str))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal; None where output is piped: for programs and files a row is one line, however long."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.console import Console
+
+    return Console().width
+
+
+def print_lines(lines: Sequence[Text]) -> None:
+    """In colour on a terminal; piped, plain."""
+    if not sys.stdout.isatty():
+        print("\n".join(line.plain for line in lines))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def print_result(report: Report) -> None:

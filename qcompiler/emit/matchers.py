@@ -69,6 +69,16 @@ def group_of_target(config: Mapping[str, Any]) -> dict[str, str]:
     return {target: name for name, group in config["config_groups"].items() for target in group["targets"]}
 
 
+def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups as vLLM has them: those for one attention class describe the KV cache, and are dropped at once."""
+    kept = {
+        name: group
+        for name, group in config["config_groups"].items()
+        if not (len(group["targets"]) == 1 and group["targets"][0].endswith("Attention"))
+    }
+    return {"config_groups": kept}
+
+
 # --- vLLM -----------------------------------------------------------------------------------------------------------
 
 
@@ -103,11 +113,7 @@ def vllm_ignores(name: str, ignore: TargetList, shards: Shards) -> bool:
 
 def _vllm(config: Mapping[str, Any], modules: Sequence[RuntimeModule]) -> list[Resolution]:
     groups = config["config_groups"]
-    # Groups that target one attention class describe the KV cache: vLLM drops them before it builds the map.
-    linear_groups = {
-        name: g for name, g in groups.items() if not (len(g["targets"]) == 1 and g["targets"][0].endswith("Attention"))
-    }
-    group_of = group_of_target({"config_groups": linear_groups})
+    group_of = group_of_target(without_attention(config))
     targets, moe_targets = _target_lists(group_of, "RoutedExperts")
     ignore = TargetList(config.get("ignore") or ())
     mapping = _shard_mapping(modules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,10 +22,12 @@ QKV, GATE_UP = f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.mlp.gate_up_proj"
 
 @dataclass
 class Edited:
-    """A checkpoint in memory: its config.json and its tensors, by their names on disk."""
+    """A checkpoint in memory: its config.json and its tensors, by their names on disk; files and index beside it."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    index: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -62,4 +64,8 @@ class Edited:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
         save_file(self.tensors, folder / "model.safetensors")
+        for name, tensors in self.files.items():
+            save_file(tensors, folder / name)
+        if self.index:
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": self.index}))
         return folder

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import qcompiler
-from qcompiler.check import KINDS, Severity
+import qcompiler.check.run
+from qcompiler.check import KINDS, CheckReport, Finding, Severity
+from qcompiler.check.text import report_lines
 from qcompiler.errors import ConfigError
 from tests.check.checkpoints import DOWN, GATE, UP
 from tests.check.conftest import Base
@@ -45,6 +47,10 @@ def test_json_is_for_ci(base: Base, tmp_path: Path, run: Run) -> None:
     ran = run("check", edited.write(tmp_path / "broken"), "--json")
     assert ran.code == 1
     data = json.loads(ran.out)
+    keys = ["schema_version", "checkpoint", "target", "ok", "linears", "quantized", "scales", "findings"]
+    assert list(data) == keys  # under version 1; see README
+    assert list(data["findings"][0]) == ["severity", "code", "layer", "loaders", "message", "mend"]
+    assert data["schema_version"] == 1
     assert (data["ok"], data["linears"], data["quantized"], data["target"]) == (False, 8, 7, None)
     assert {finding["code"] for finding in data["findings"]} <= KINDS.keys()
     first = data["findings"][0]
@@ -60,7 +66,7 @@ def test_findings_that_differ_in_their_layer_are_told_together(base: Base, tmp_p
         edited.change(f"{name}.weight_scale", lambda scale: scale * float("nan"))
     ran = run("check", edited.write(tmp_path / "broken"))
     assert sum(line.startswith("error: ") for line in ran.out.splitlines()) == 1
-    assert f"error: scale-not-finite: {GATE}, {UP}, {DOWN} [" in ran.out
+    assert "error: scale-not-finite: model.layers.*.mlp.{gate_proj,up_proj,down_proj} (3) [" in ran.out
     assert "3 errors" in ran.out.splitlines()[-1]
 
 
@@ -98,3 +104,70 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, model: Path, refuse: R
     refuse("check", tmp_path / "nowhere", says=["nowhere"])
     refuse("check", tmp_path, says=["no config.json"])
     refuse("check", model, says=["no quantization_config: this checkpoint is not quantized"])
+
+
+def test_a_revision_is_of_a_hub_model(
+    base: Base, tmp_path: Path, run: Run, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base("channel").write(tmp_path / "checkpoint")
+    refuse("check", folder, "--revision", "main", says=["a folder has no revisions"])
+    asked: list[tuple[str, str | None]] = []
+
+    def resolve(model: str, *, revision: str | None = None) -> Path:
+        asked.append((model, revision))
+        return folder
+
+    monkeypatch.setattr(qcompiler.check.run, "resolve_model", resolve)
+    assert run("check", "owner/name", "--revision", "v1").code == 0
+    assert asked == [("owner/name", "v1")]
+
+
+def finding(layer: str, message: str, code: str = "tensor-shape") -> Finding:
+    return Finding.of(code, layer, ("vllm",), message, "write it again")
+
+
+def report(*findings: Finding) -> CheckReport:
+    return CheckReport(Path("folder"), None, 9, 7, 100, findings)
+
+
+def text(told: CheckReport, width: int | None = None) -> list[str]:
+    return [line.plain for line in report_lines(told, width)]
+
+
+def test_what_differs_in_counts_alone_is_told_once() -> None:
+    findings = [finding(f"model.layers.{n}.mlp.up_proj", f"{n + 1} of 64 values are NaN") for n in range(500)]
+    lines = text(report(*findings))
+    assert lines[0] == "error: tensor-shape: model.layers.*.mlp.up_proj (500) [vllm]"
+    assert lines[1] == "  1 of 64 values are NaN (so model.layers.0.mlp.up_proj; other numbers elsewhere)"
+    assert len(lines) == 4
+    assert lines[-1].startswith("folder: 500 errors; ")
+
+
+def test_many_places_are_counted() -> None:
+    lines = text(report(*(finding(f"part{n}.up", "it is cut") for n in range(20))))
+    assert lines[0].endswith("part7.up and 12 more [vllm]")
+
+
+def test_schemes_are_no_counts() -> None:
+    findings = [finding("a.up", "it is w:int4/g128"), finding("a.down", "it is w:int8/g128")]
+    assert len(text(report(*findings))) == 7
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_terminal_is_wrapped_at_words(width: int) -> None:
+    message = "loaders look for other tensors " * 9 + "model.layers.0." + "x" * 50
+    lines = text(report(finding("a.up", message)), width)
+    assert all(len(line) <= width or " " not in line.strip() for line in lines)
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(text(report(finding("a.up", message)))).split())
+    assert sum(not line.startswith("  ") for line in lines) == 2  # of the finding, and of the sum
+
+
+def test_names_move_no_cursor() -> None:
+    lines = text(report(finding("\x1b[2J\ud800\u202e.up", "it is \r\n\x9b cut")))
+    assert all(line.isprintable() for line in lines)
+    assert r"\x1b[2J\ud800\u202e.up" in lines[0]
+
+
+def test_a_terminal_has_colours() -> None:
+    lines = report_lines(report(finding("a.up", "it is cut")))
+    assert [str(span.style) for span in lines[0].spans] == ["bold red"]

@@ -161,6 +161,66 @@ def test_nvfp4_without_the_dtype_of_its_scales_is_a_warning(base: Base, checked:
     assert "scale-dtype-absent" in {f.code for f in report.of(Severity.WARNING)}
 
 
+def dense_says_that_it_is_not_sparse(edited: Edited) -> None:
+    """As llm-compressor wrote it for years."""
+    edited.quantization["sparsity_config"] = {"format": "dense", "global_sparsity": 0.1, "ignore": [], "targets": []}
+
+
+def one_target_in_two_groups(edited: Edited) -> None:
+    edited.split(*edited.group()["targets"])
+
+
+def an_index_that_lacks_a_tensor(edited: Edited) -> None:
+    edited.index = dict.fromkeys([key for key in edited.tensors if key != "model.norm.weight"], "model.safetensors")
+
+
+def a_tied_head_of_its_own_values(edited: Edited) -> None:
+    edited.config["tie_word_embeddings"] = True
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (dense_says_that_it_is_not_sparse, []),
+        (one_target_in_two_groups, [("target-repeated", Severity.INFO), ("overlap-alike", Severity.INFO)]),
+        (an_index_that_lacks_a_tensor, [("index-incomplete", Severity.INFO)]),
+        (a_tied_head_of_its_own_values, [("tied-differ", Severity.WARNING)]),
+    ],
+)
+def test_what_all_loaders_read_alike_is_no_error(
+    edit: Callable[[Edited], object], told: list[tuple[str, Severity]], base: Base, checked: Check
+) -> None:
+    edited = base("packed")
+    edit(edited)
+    assert {(f.code, f.severity) for f in checked(edited).findings} - {("no-kernel", Severity.WARNING)} == set(told)
+
+
+def test_a_tied_head_of_the_same_values_is_sound(base: Base, checked: Check) -> None:
+    edited = base("packed")
+    edited.config["tie_word_embeddings"] = True
+    edited.tensors["lm_head.weight"] = edited.tensors["model.embed_tokens.weight"].clone()
+    assert "tied-differ" not in {finding.code for finding in checked(edited).findings}
+
+
+def test_a_global_scale_that_looks_like_a_reciprocal_is_a_warning(base: Base, checked: Check) -> None:
+    edited = base("nvfp4")
+    edited.change("model.layers.0.mlp.down_proj.weight_global_scale", torch.reciprocal)
+    report = checked(edited)
+    assert not errors(report)
+    assert "global-scale-small" in {f.code for f in report.of(Severity.WARNING)}
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "mend"), [("group_size", 32, 'write "group_size": 16'), ("num_bits", 8, 'write "num_bits": 4')]
+)
+def test_a_scheme_that_the_shapes_deny_is_told_with_the_one_they_fit(
+    key: str, written: int, mend: str, base: Base, checked: Check
+) -> None:
+    edited = base("packed")
+    edited.group()["weights"][key] = written
+    assert any(mend in finding.mend for finding in checked(edited).of(Severity.ERROR))
+
+
 def test_a_tied_head_has_no_tensors_of_its_own(base: Base, checked: Check) -> None:
     edited = base("packed")
     edited.config["tie_word_embeddings"] = True

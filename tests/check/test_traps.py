@@ -6,7 +6,8 @@ import pytest
 
 from qcompiler.check.findings import KINDS, Severity
 from tests.check.conftest import Base, Check
-from tests.check.traps import TRAPS, Trap
+from tests.check.tensor_traps import TRAPS
+from tests.check.traps import Trap
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.name)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompiler.formats.bits import unpack_words
 from tests.check.checkpoints import DOWN, GATE, GATE_UP, KEY, LAYER, OUTPUT, QKV, QUERY, UP, VALUE, Edited
 
 ALL = ("vllm", "transformers", "sglang")
@@ -79,6 +78,26 @@ def a_config_of_other_types(edited: Edited) -> None:
     edited.config["architectures"] = 5
 
 
+@trap("packed", "config-place", loaders=("transformers",))
+def a_config_in_the_place_of_old(edited: Edited) -> None:
+    edited.config["compression_config"] = edited.config.pop("quantization_config")
+
+
+@trap("packed", "method-unread")
+def no_quant_method(edited: Edited) -> None:
+    del edited.quantization["quant_method"]
+
+
+@trap("packed", "method-unread", loaders=("transformers",))
+def a_method_as_vllm_alone_reads_it(edited: Edited) -> None:
+    edited.quantization["quant_method"] = "compressed_tensors"
+
+
+@trap("packed", "groups-empty", loaders=("transformers",), also=("stored-quantized",))
+def no_groups(edited: Edited) -> None:
+    edited.quantization["config_groups"] = {}
+
+
 @trap("packed", "fused-shards-differ", GATE_UP, VLLM_LIKE)
 def gate_symmetric_and_up_asymmetric(edited: Edited) -> None:
     edited.group()["targets"] = named("q", "k", "v", "o", "gate", "down")
@@ -114,6 +133,43 @@ def no_quantization_status(edited: Edited) -> None:
 @trap("mixed", "group-format-missing", loaders=("vllm", "sglang"))
 def mixed_precision_without_a_format_of_each_group(edited: Edited) -> None:
     del edited.group()["format"]
+
+
+@trap("packed", "group-format-missing", loaders=("vllm", "sglang"))
+def no_format_at_all(edited: Edited) -> None:
+    del edited.quantization["format"], edited.group()["format"]
+
+
+@trap("packed", "head-by-class", "lm_head", VLLM_LIKE)
+def a_quantized_head_that_only_a_class_takes(edited: Edited) -> None:
+    edited.group()["targets"], edited.quantization["ignore"] = ["Linear"], []
+    del edited.tensors["lm_head.weight"]
+    rows, columns = edited.config["vocab_size"], edited.config["hidden_size"]
+    edited.tensors |= {
+        "lm_head.weight_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
+        "lm_head.weight_scale": torch.ones(rows, columns // 16, dtype=torch.bfloat16),
+        "lm_head.weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+@trap("packed", "stored-dense", "model.embed_tokens", ("transformers",))
+def an_expression_takes_the_embedding(edited: Edited) -> None:
+    edited.group()["targets"] = ["re:model.*"]
+
+
+@trap("packed", "stored-dense", "model.embed_tokens", ("vllm", "transformers"))
+def a_class_takes_the_embedding(edited: Edited) -> None:
+    edited.group()["targets"].append("Embedding")
+
+
+@trap("packed", "stored-quantized", "model.embed_tokens")
+def a_quantized_embedding_that_no_target_takes(edited: Edited) -> None:
+    rows, columns = edited.tensors.pop("model.embed_tokens.weight").shape
+    edited.tensors |= {
+        "model.embed_tokens.weight_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
+        "model.embed_tokens.weight_scale": torch.ones(rows, columns // 16, dtype=torch.bfloat16),
+        "model.embed_tokens.weight_shape": torch.tensor([rows, columns]),
+    }
 
 
 @trap("packed", "head-by-class", "lm_head", ("transformers",))
@@ -207,6 +263,21 @@ def a_cache_scale_that_is_missing(edited: Edited) -> None:
     del edited.tensors[f"{LAYER}.self_attn.k_scale"]
 
 
+@trap("channel", "cache-scale-form", f"{LAYER}.self_attn.k_scale")
+def a_cache_scale_for_each_head(edited: Edited) -> None:
+    edited.change(f"{LAYER}.self_attn.k_scale", lambda scale: scale.repeat(2))
+
+
+@trap("channel", "cache-scale-form", f"{LAYER}.self_attn.v_scale")
+def a_cache_scale_of_integers(edited: Edited) -> None:
+    edited.change(f"{LAYER}.self_attn.v_scale", lambda scale: scale.to(torch.int8))
+
+
+@trap("channel", "global-scale-zero", f"{LAYER}.self_attn.k_scale")
+def a_cache_scale_of_zero(edited: Edited) -> None:
+    edited.change(f"{LAYER}.self_attn.k_scale", torch.zeros_like)
+
+
 @trap("packed", "format-unread", loaders=("vllm",), also=("format-disagrees",))
 def packed_weights_called_integers(edited: Edited) -> None:
     edited.quantization["format"] = edited.group()["format"] = "int-quantized"
@@ -225,165 +296,3 @@ def eight_bits_called_packed(edited: Edited) -> None:
 @trap("mxfp8", "scale-dtype-missing", loaders=("vllm", "transformers"), also=("tensor-dtype",))
 def mx_without_the_dtype_of_its_scales(edited: Edited) -> None:
     del edited.group()["weights"]["scale_dtype"]
-
-
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
-@trap("packed", "zero-point-unexpected", DOWN, ("vllm", "sglang"))
-def zero_points_of_a_symmetric_layer(edited: Edited) -> None:
-    give_zero_points(edited, DOWN)
-
-
-@trap("channel", "scale-one-dimensional", DOWN)
-def channel_scales_of_one_dimension(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_scale", lambda scale: scale.flatten())
-
-
-@trap("packed", "tensor-missing", DOWN, ("transformers",))
-def no_weight_shape(edited: Edited) -> None:
-    del edited.tensors[f"{DOWN}.weight_shape"]
-
-
-@trap("packed", "weight-shape-wrong", DOWN, ("transformers",))
-def a_wrong_weight_shape(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_shape", lambda shape: shape - 8)
-
-
-@trap("odd-bits", "words-padded", DOWN)
-def three_bits_that_do_not_straddle_words(edited: Edited) -> None:
-    codes = unpack_words(edited.tensors[f"{DOWN}.weight_packed"], 3, 176).long() + 4
-    lanes = torch.nn.functional.pad(codes, (0, -176 % 10)).unflatten(1, (-1, 10))
-    edited.tensors[f"{DOWN}.weight_packed"] = (lanes << torch.arange(0, 30, 3)).sum(-1).to(torch.int32)
-
-
-@trap("packed", "order-tensor", DOWN)
-def an_order_of_activations(edited: Edited) -> None:
-    edited.tensors[f"{DOWN}.weight_g_idx"] = torch.zeros(176, dtype=torch.int32)
-
-
-@trap("packed", "tensor-missing", DOWN)
-def a_missing_scale(edited: Edited) -> None:
-    del edited.tensors[f"{DOWN}.weight_scale"]
-
-
-@trap("packed", "tensor-missing", "model.norm.weight")
-def a_missing_norm(edited: Edited) -> None:
-    del edited.tensors["model.norm.weight"]
-
-
-@trap("mixed", "tensor-missing", DOWN)
-def a_missing_activation_scale(edited: Edited) -> None:
-    del edited.tensors[f"{DOWN}.input_scale"]
-
-
-@trap("packed", "tensor-unexpected", DOWN, ("vllm", "sglang"))
-def an_activation_scale_of_a_weight_only_layer(edited: Edited) -> None:
-    edited.tensors[f"{DOWN}.input_scale"] = torch.ones(1)
-
-
-@trap("packed", "tensor-dtype", DOWN, ("transformers",))
-def packed_words_of_64_bits(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_packed", lambda packed: packed.long())
-
-
-@trap("packed", "tensor-dtype", OUTPUT)
-def codes_without_scales(edited: Edited) -> None:
-    edited.group()["targets"] = named("q", "k", "v", "gate", "up", "down")
-    edited.quantization["ignore"].append(OUTPUT)
-    for part in ("packed", "scale", "shape"):
-        del edited.tensors[f"{OUTPUT}.weight_{part}"]
-    edited.tensors[f"{OUTPUT}.weight"] = torch.zeros(64, 64, dtype=torch.int8)
-
-
-@trap("packed", "tensor-shape", DOWN)
-def a_cut_scale(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_scale", lambda scale: scale[:, :-1])
-
-
-@trap("packed", "tensor-shape", "model.norm.weight")
-def a_cut_norm(edited: Edited) -> None:
-    edited.change("model.norm.weight", lambda weight: weight[:-1])
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
-@trap("packed", "scale-not-finite", DOWN)
-def a_scale_that_is_nan(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_scale", lambda scale: scale.index_fill_(0, torch.tensor([3]), torch.nan))
-
-
-@trap("mxfp8", "scale-not-finite", QUERY)
-def an_exponent_that_is_nan(edited: Edited) -> None:
-    edited.change(f"{QUERY}.weight_scale", lambda scale: scale.index_fill_(0, torch.tensor([0]), 255))
-
-
-@trap("nvfp4", "scale-negative", DOWN)
-def negative_scales_of_nvfp4(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_scale", lambda scale: (-scale.float()).to(scale.dtype))
-
-
-@trap("nvfp4", "global-scale-zero", DOWN)
-def a_global_scale_of_zero(edited: Edited) -> None:
-    edited.change(f"{DOWN}.weight_global_scale", torch.zeros_like)
-
-
-@trap("nvfp4", "global-scales-differ", GATE_UP, ("vllm", "sglang"))
-def global_scales_that_differ_between_shards(edited: Edited) -> None:
-    edited.change(f"{UP}.weight_global_scale", lambda scale: scale * 2)
-
-
-@trap("mixed", "input-scales-differ", GATE_UP, ("vllm", "sglang"))
-def input_scales_that_differ_between_shards(edited: Edited) -> None:
-    edited.change(f"{UP}.input_scale", lambda scale: scale * 2)
-
-
-@trap("channel", "scale-not-finite", f"{LAYER}.self_attn.v_scale")
-def a_cache_scale_that_is_infinite(edited: Edited) -> None:
-    edited.change(f"{LAYER}.self_attn.v_scale", lambda scale: scale * torch.inf)
-
-
-@trap("packed", "zero-point-range", DOWN, also=("format-unread",))
-def zero_points_beyond_four_bits(edited: Edited) -> None:
-    """int-quantized 4-bit weights with unpacked zero points, as compressed-tensors reads them."""
-    edited.group()["targets"] = named("q", "k", "v", "o", "gate", "up")
-    second = edited.split(*named("down"), symmetric=False)
-    second["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    second["format"] = "int-quantized"
-    edited.quantization["format"] = "mixed-precision"
-    codes = unpack_words(edited.tensors.pop(f"{DOWN}.weight_packed"), 4, 176)
-    del edited.tensors[f"{DOWN}.weight_shape"]
-    zeros = torch.full_like(edited.tensors[f"{DOWN}.weight_scale"], 9).to(torch.int8)
-    edited.tensors |= {f"{DOWN}.weight": codes, f"{DOWN}.weight_zero_point": zeros}
-
-
-# --- experts --------------------------------------------------------------------------------------------------------
-
-
-@trap("mixture", "experts-differ", EXPERTS, (*VLLM_LIKE, "transformers"))
-def projections_of_an_expert_that_differ(edited: Edited) -> None:
-    edited.group()["targets"] = [*named("q", "k", "v", "o"), r"re:.*\.(w1|w3|gate_proj|up_proj)$"]
-    edited.split(r"re:.*\.(w2|down_proj)$", symmetric=False)
-    give_experts_zero_points(edited, "w2")
-
-
-@trap("mixture", "unloadable", f"{EXPERTS}.0.w1", ("transformers",))
-def experts_with_zero_points(edited: Edited) -> None:
-    edited.group()["targets"] = named("q", "k", "v", "o")
-    edited.split(r"re:.*\.experts\..*", symmetric=False)
-    give_experts_zero_points(edited, "w1", "w2", "w3")
-
-
-@trap("mixture", "experts-differ", EXPERTS, ("transformers",))
-def experts_of_another_scheme_than_the_first_target_that_names_experts(edited: Edited) -> None:
-    edited.group()["targets"] = [*named("q", "k", "v", "o"), "re:.*shared_experts.*"]
-    edited.split(r"re:.*\.experts\..*", symmetric=False)
-    give_experts_zero_points(edited, "w1", "w2", "w3")
-
-
-def give_experts_zero_points(edited: Edited, *projections: str) -> None:
-    for key in list(edited.tensors):
-        name = key.removesuffix(".weight_packed")
-        if name != key and name.endswith(projections):
-            give_zero_points(edited, name)
