@@ -61,7 +61,11 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that one pass, or one part of a sweep over the partitions, took."""
+    """Seconds that one pass, or one part of a sweep over the partitions, took.
+
+    `observe` is what observers took of the batches; parts named `solve: ` are those of the pass that solves (their
+    seconds are in the pass's too), and of what threads do side by side, the sum over their number.
+    """
 
     name: str
     seconds: float

@@ -8,6 +8,7 @@ the next is touched, and memory does not grow with depth.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,7 @@ class PartitionWork:
     `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
     `statistics` are what observers collected. Steps fill `solved` (by module path) and `caches` (scales of keys and
     values, by observer), and name in `altered` the weights that they replaced and that stay dense. `workers` are the
-    sweep's threads.
+    sweep's threads. `spent` is what a step's seconds went to, by name; of work side by side, its share of them.
     """
 
     partition: Partition
@@ -154,6 +155,7 @@ class PartitionWork:
     solved: dict[str, Solved] = field(default_factory=dict)
     altered: set[str] = field(default_factory=set)
     caches: dict[Observer, Tensor] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,10 @@ from qcompiler.runtime.weights import LazyWeights, lazy_weights
 
 @dataclass(slots=True)
 class Spent:
-    """Seconds per step, and per part of the executor's own work. Reading weights counts as `load`, whoever asked."""
+    """Seconds per step, and per part of the executor's own work; those named `solve: ` are parts of the steps'.
+
+    Reading weights counts as `load`, whoever asked.
+    """
 
     steps: list[float]
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -127,7 +130,9 @@ def _run_partition(
         # Without propagation, what later partitions read is what this one computes now: one run does for both.
         work.statistics = _collect(flow, work, keep=not propagates and not flow.final)
         trim_memory()  # the room that activations took
-        spent.parts["forward: collect"] += clock.lap()
+        observing = work.spent.pop("observe", 0.0)
+        spent.parts["observe"] += observing
+        spent.parts["forward: collect"] += clock.lap() - observing
     for number, step in enumerate(steps):
         step.partition(work)
         spent.steps[number] += clock.lap()
@@ -137,6 +142,8 @@ def _run_partition(
     if carry is not None:
         carry.keep(part.name, work.solved, {path: work.weights[path] for path in work.altered})
     spent.parts["load"] += weights.seconds
+    for name, seconds in work.spent.items():
+        spent.parts[f"solve: {name}"] += seconds
     return work.solved
 
 
@@ -205,7 +212,9 @@ def _collect(flow: _Flow, work: PartitionWork, *, keep: bool) -> Statistics:
     def handlers(batch: TokenBatch) -> dict[Any, Handler]:
         def collect(node: Node, args: tuple[Any, ...]) -> Any:
             if node in watched:
+                start = perf_counter()
                 by_id[watched[node].id].update(args[0], batch.token_mask)
+                work.spent["observe"] += perf_counter() - start
             return args[0]
 
         return {**served, observe: collect}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
 
@@ -37,10 +37,31 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a job, and the seconds it took."""
+    """What came of a job, and the seconds that each part of it took: `measure`, `factor` and `columns`."""
 
     outcome: Outcome
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Of a job, before it is solved: the errors that do not need it to be. See `Outcome`."""
+
+    before: float
+    size: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What came of some rows of a job. Its seconds are its share of what it was solved with."""
+
+    path: str
+    error: float
+    damping: float
+    dead_columns: int
+    factoring: float
+    columns: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +88,31 @@ def solve(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic], 
     `DataError` where one cannot be.
     """
 
-    def measure(job: Job) -> Result:
+    def measure(job: Job) -> _Measured:
         start, hessian = perf_counter(), hessians[job.path].value()
         before, size = output_error(job.weight, job.nearest, hessian), output_size(job.weight, hessian)
-        return Result(Outcome(0.0, before, size, 0.0, 0), perf_counter() - start)
+        return _Measured(before, size, perf_counter() - start)
 
     measured = in_parallel(measure, jobs, workers=workers, size=lambda job: job.weight.numel())
-    found = dict(zip((job.path for job in jobs), measured, strict=True))
     groups = _groups(jobs, hessians)
     largest_first = sorted(groups, key=lambda number: -groups[number].jobs[0].weight.shape[1])
     stacks = in_parallel_parts(lambda number: _prepare(groups.pop(number)), _solve, largest_first, workers=workers)
-    for path, solved in chain.from_iterable(stacks):
-        known, more = found[path], solved.outcome
-        outcome = replace(
-            more, error=known.outcome.error + more.error, before=known.outcome.before, size=known.outcome.size
-        )
-        found[path] = Result(outcome, known.seconds + solved.seconds)
-    return found
+    parts: dict[str, list[_Part]] = defaultdict(list)
+    for part in chain.from_iterable(stacks):
+        parts[part.path].append(part)
+    return {job.path: _result(known, parts[job.path]) for job, known in zip(jobs, measured, strict=True)}
+
+
+def _result(known: _Measured, parts: Sequence[_Part]) -> Result:
+    error = sum(part.error for part in parts)
+    return Result(
+        Outcome(error, known.before, known.size, parts[0].damping, parts[0].dead_columns),
+        {
+            "measure": known.seconds,
+            "factor": sum(part.factoring for part in parts),
+            "columns": sum(part.columns for part in parts),
+        },
+    )
 
 
 def _groups(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic]) -> dict[int, _Group]:
@@ -119,13 +148,13 @@ def _prepare(group: _Group) -> list[_Stack]:
     return [_Stack([(jobs[index], rows) for index, rows in stack], factored, seconds) for stack in stacks]
 
 
-def _solve(stack: _Stack) -> list[tuple[str, Result]]:
-    """What came of each part, as far as solving goes."""
+def _solve(stack: _Stack) -> list[_Part]:
     start, factored = perf_counter(), stack.factored
     rows = [Rows(job.weight, job.nearest, part) for job, part in stack.parts]
     errors = gptq(rows, factored, stack.parts[0][0].options)
-    seconds = (stack.seconds + perf_counter() - start) / sum(part.count for part in rows)
+    whole = sum(part.count for part in rows)
+    factoring, columns = stack.seconds / whole, (perf_counter() - start) / whole
     return [
-        (job.path, Result(Outcome(error, 0.0, 0.0, factored.damping, factored.dead_columns), seconds * part.count))
+        _Part(job.path, error, factored.damping, factored.dead_columns, factoring * part.count, columns * part.count)
         for (job, _), part, error in zip(stack.parts, rows, errors, strict=True)
     ]

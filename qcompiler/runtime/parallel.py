@@ -36,9 +36,14 @@ class Workers:
             self._pool = None
 
     @property
+    def count(self) -> int:
+        """How many pieces of work there are side by side."""
+        return torch.get_num_threads() if self._device.type == "cpu" else 1
+
+    @property
     def alone(self) -> bool:
         """Whether there is nothing to do side by side with."""
-        return self._device.type != "cpu" or torch.get_num_threads() == 1
+        return self.count == 1
 
     @contextmanager
     def busy(self) -> Iterator[None]:

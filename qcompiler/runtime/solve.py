@@ -93,6 +93,9 @@ class SolveStep(PartitionStep):
 
         errors = in_parallel(error, todo, workers=work.workers, size=_size)
         for (_, quant), (path, solved, seconds), found in zip(todo, rounded, errors, strict=True):
+            work.spent["round"] += seconds / work.workers.count
+            for part, took in results[path].seconds.items() if path in results else ():
+                work.spent[part] += took / work.workers.count
             work.solved[path] = self._with_input(solved, ranges.get(path))
             work.altered.discard(f"{path}.weight")
             self._tell(path, quant, found, seconds, results.get(path))
@@ -140,7 +143,9 @@ class SolveStep(PartitionStep):
                     f"{', '.join(asked)} cannot be transformed by {rescale.transform.name}: {error}",
                     hint="check the weights and the dtype, or leave the transform out",
                 ) from error
-            self._tell_transformed(result, perf_counter() - start)
+            seconds = perf_counter() - start
+            work.spent["transform"] += seconds
+            self._tell_transformed(result, seconds)
         self._context.report.tell_rescaled(work.altered)
 
     def _gptq(
@@ -206,7 +211,7 @@ class SolveStep(PartitionStep):
         if result is None or quant.options is None:
             return
         outcome = result.outcome
-        row.seconds += result.seconds
+        row.seconds += sum(result.seconds.values())
         row.output_error, row.nearest_output_error = outcome.relative(outcome.error), outcome.relative(outcome.before)
         row.damping, row.dead_columns = outcome.damping, outcome.dead_columns
         if outcome.damping > quant.options.damping:

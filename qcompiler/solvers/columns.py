@@ -97,7 +97,7 @@ class _Inner:
         self._low, self._high = code_range(self._spec)
         self._scale, self._zero, self._wide = _grid(stack)
         self._wanted, self._original, self._error, self._values = torch.empty(4, _INNER, rows, device=device).unbind()
-        self._product = torch.empty(rows, device=device)
+        self._steps = torch.empty(rows, device=device)
         self._feedback = torch.empty(_INNER, _INNER, device=device)
         by_column = (b.unbind() for b in (self._wanted, self._original, self._error, self._values, self._feedback))
         before = [self._error[:column].t() for column in range(_INNER)]
@@ -110,21 +110,22 @@ class _Inner:
         self._wanted[:count].copy_(wanted)
         self._original[:count].copy_(state)
         self._feedback[:count, :count].copy_(feedback.t())
-        product = self._product
+        steps = self._steps
         for column, place in enumerate(places):
             want, original, error, value, _, earlier = self._columns[column]
             if column:
                 want.addmv_(earlier, self._fed[column])
             scale = self._scale[place // self._wide]
-            torch.div(want, scale, out=value)
             if self._zero is None:
+                torch.div(want, scale, out=value)
                 self._round(value)
-                torch.mul(value, scale, out=product)
+                torch.addcmul(original, value, scale, value=-1, out=error)
             else:
                 zero = self._zero[place // self._wide]
-                self._round(value.add_(zero))
-                torch.sub(value, zero, out=product).mul_(scale)
-            torch.sub(original, product, out=error)
+                torch.addcdiv(zero, want, scale, out=value)
+                self._round(value)
+                torch.sub(value, zero, out=steps)
+                torch.addcmul(original, steps, scale, value=-1, out=error)
         state.copy_(self._error[:count])
         # wanted - rounded, where rounded = original - error
         return self._wanted[:count].sub_(self._original[:count]).add_(self._error[:count])

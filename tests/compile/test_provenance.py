@@ -144,6 +144,14 @@ def test_what_took_how_long_stands_apart(result: Result) -> None:
     assert timings["layers"] == {row.path: row.seconds for row in result.report.layers if row.scheme}
 
 
+def test_what_solving_took_is_told_in_parts(source: Path, tmp_path: Path) -> None:
+    passes = provenance(compiled(source, tmp_path / "gptq", pipeline="int4-int8").output)["timings"]["passes"]
+    parts = {name: seconds for name, seconds in passes.items() if name.startswith("solve: ")}
+    assert set(parts) == {"solve: round", "solve: measure", "solve: factor", "solve: columns"}
+    assert 0 < sum(parts.values()) < passes["calibrate"]
+    assert passes["observe"] > 0
+
+
 def test_two_runs_give_the_same_folder_byte_for_byte(result: Result, source: Path, tmp_path: Path) -> None:
     again = compiled(source, tmp_path / "again")
     assert contents(again.output) == contents(result.output)

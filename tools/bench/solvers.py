@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    folders = options.model or [_random(options.models / name) for name in MODELS]
+    folders = options.model or [random_model(options.models / name) for name in MODELS]
     for folder in folders:
         for recipe in options.recipes:
             for tokens in options.tokens:
@@ -46,7 +46,7 @@ def main() -> None:
                 _pair(folder, HERE / "recipes" / f"{recipe}.yaml", tokens, options)
 
 
-def _random(folder: Path) -> Path:
+def random_model(folder: Path) -> Path:
     """A random model, with a tokenizer that the peer asks for and does not use."""
     write_random(MODELS[folder.name], folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
