@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,7 +231,6 @@ def _prepare(request: _Request, source: ModelSource, visit: Visitor = _unseen) -
     request.progress("capture", 0, 0)
     start = perf_counter()
     graph, notes = capture_and_prove(source.model, trust_remote_code=request.trust_remote_code)
-    gc.collect()  # tracing leaves cycles behind
     trim_memory()
     report.timings.append(Timing("capture", perf_counter() - start))
     for note in (*notes, *unplaced(graph)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qcompiler.capture.collector import collector_paused
 from qcompiler.capture.graph import capture_graph
 from qcompiler.capture.twin import build_twin, with_random_weights
 from qcompiler.capture.twin_sizes import is_crossed
@@ -31,6 +32,7 @@ class NotTheModelError(CaptureError):
     """The graph's logits are not the model's."""
 
 
+@collector_paused()
 def capture_and_prove(model: PreTrainedModel, *, trust_remote_code: bool = False) -> tuple[Graph, list[str]]:
     """Capture a model and compare the graph with eager execution; the graph, and notes on how it was captured.
 

@@ -6,6 +6,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from qcompiler.capture.buffers import non_persistent_buffers
+from qcompiler.capture.collector import collector_paused
 from qcompiler.capture.export import export
 from qcompiler.capture.raising import raise_leaves
 from qcompiler.capture.roles import annotate_roles
@@ -13,6 +14,7 @@ from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 
 
+@collector_paused()
 def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
     """Capture the forward pass of a model (in eval mode; usually on the meta device).
 

@@ -145,9 +145,7 @@ def _find_routers(graph: Graph, findings: _Findings) -> None:
 
 
 def _find_mlps(graph: Graph, findings: _Findings) -> None:
-    for match in MLP.matches(graph):
-        if match.anchor in findings.structure:
-            continue
+    for match in MLP.matches(graph, lambda anchor: anchor not in findings.structure):
         free = [node for node in match["inputs"] if node not in findings.structure]
         if free:
             findings.say([match.anchor], Structure.MLP_OUTPUT, "it reads what an activation makes of linears")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,12 +17,13 @@ GraphModule = fx.GraphModule
 
 def op_name(node: Node) -> str:
     """The overload-free name of what a `call_function` node calls: `aten.linear`, `mul` (operator), `observe`."""
-    target = node.target
+    return node.target if isinstance(node.target, str) else _function_name(node.target)
+
+
+@cache  # asked of every node by every pattern
+def _function_name(target: Callable[..., Any]) -> str:
     if isinstance(target, torch._ops.OpOverload):
-        packet = target.overloadpacket
-        return str(packet).replace("::", ".")
-    if isinstance(target, str):
-        return target
+        return str(target.overloadpacket).replace("::", ".")
     module = getattr(target, "__module__", "")
     name = getattr(target, "__name__", str(target))
     return f"operator.{name}" if module in ("_operator", "operator") else name

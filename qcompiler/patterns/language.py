@@ -16,7 +16,8 @@ way. A pattern only finds; what to do with a match (annotate, insert, rewrite) i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,15 +75,19 @@ class Walk:
     through_leaves: Collection[LeafKind] = frozenset()
     many: bool = False
 
-    def run(self, match: Match) -> str | None:
-        """Add what was reached to `match`; returns what went wrong, or None."""
+    def run(self, match: Match, barren: set[Node] | None = None) -> str | None:
+        """Add what was reached to `match`; returns what went wrong, or None.
+
+        `barren`: nodes from which this walk reaches nothing, to be passed over and added to. Layers share a residual
+        stream: without it the walks of all of them take time that grows with the square of their number.
+        """
         reached: dict[Node, None] = {}
         blocked: dict[Node, None] = {}
         seen: set[Node] = set()
-        todo = [node for start in match[self.start] for node in self._first(start)]
+        todo = deque(node for start in match[self.start] for node in self._first(start))
         while todo:
-            node = todo.pop(0)
-            if node in seen:
+            node = todo.popleft()
+            if node in seen or (barren and node in barren):
                 continue
             seen.add(node)
             if self.to.holds(node):
@@ -94,6 +99,8 @@ class Walk:
         if reached and (self.many or len(reached) == 1):
             match.found[self.name] = tuple(reached)
             return None
+        if barren is not None and not reached:
+            barren |= seen
         way = f"walking {self.direction} from %{match[self.start][0].name} to {self.name} ({self.to.says})"
         if reached:
             return f"{way} reached {len(reached)} nodes: {', '.join('%' + n.name for n in reached)}"
@@ -122,7 +129,7 @@ class Check:
     says: str
     holds: Callable[[Match], bool]
 
-    def run(self, match: Match) -> str | None:
+    def run(self, match: Match, barren: set[Node] | None = None) -> str | None:
         return None if self.holds(match) else f"it does not hold that {self.says}"
 
 
@@ -160,17 +167,24 @@ class Pattern:
 
     def try_at(self, node: Node) -> Match | NearMiss:
         """Match with `node` as anchor, or say how near it came."""
+        return self._try_at(node, [None] * len(self.parts))
+
+    def _try_at(self, node: Node, barren: Sequence[set[Node] | None]) -> Match | NearMiss:
         match = Match(node)
-        for held, part in enumerate(self.parts):
-            why = part.run(match)
+        for held, (part, passed_over) in enumerate(zip(self.parts, barren, strict=True)):
+            why = part.run(match, passed_over)
             if why is not None:
                 return NearMiss(node, held, f"{self.name}: {why}")
         return match
 
-    def matches(self, graph: Graph) -> Iterator[Match]:
-        """Every match, in the order of its anchors."""
+    def matches(self, graph: Graph, among: Callable[[Node], bool] = lambda _: True) -> Iterator[Match]:
+        """Every match whose anchor `among` holds for when its turn comes, in the order of anchors.
+
+        The graph must stay as it is meanwhile.
+        """
+        barren: list[set[Node]] = [set() for _ in self.parts]
         for node in graph.nodes:
-            if self.anchor.holds(node) and isinstance(found := self.try_at(node), Match):
+            if self.anchor.holds(node) and among(node) and isinstance(found := self._try_at(node, barren), Match):
                 yield found
 
     def near_misses(self, graph: Graph) -> list[NearMiss]:

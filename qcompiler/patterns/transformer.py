@@ -83,10 +83,10 @@ def _width(match: Match, name: str) -> int:
 
 def _activated(match: Match) -> bool:
     """Whether a non-linearity or a product stands between the MLP's inputs and its output linear."""
-    seen, todo = set(), list(match.anchor.all_input_nodes)
+    seen, todo = set(match["inputs"]), list(match.anchor.all_input_nodes)
     while todo:
         node = todo.pop()
-        if node in seen or node in match["inputs"]:
+        if node in seen:
             continue
         seen.add(node)
         if is_op(node, *ACTIVATION) or (is_op(node, "aten.mul") and len(node.all_input_nodes) == 2):

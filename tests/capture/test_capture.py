@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.fx import config as fx_config
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -101,7 +103,12 @@ def traces(model: PreTrainedModel) -> list[tuple[Any, ...]]:
             getattr(module, "rope_type", None),
         )
         for path, module in model.named_modules()
-    ] + [(dict(ALL_EXPERTS_FUNCTIONS), model.config.to_dict(), logging.root.manager.disable, dict(vars(fx_config)))]
+    ] + [(dict(ALL_EXPERTS_FUNCTIONS), model.config.to_dict(), *_settings())]
+
+
+def _settings() -> tuple[object, ...]:
+    """What belongs to the process, and is set for the time of a trace."""
+    return logging.root.manager.disable, dict(vars(fx_config)), dynamo_config.get_config_copy(), gc.isenabled()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "openai-gpt", "aria_text", "cpmant"])

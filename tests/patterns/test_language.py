@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import cast
 
+import pytest
 import torch
 from torch import fx
 from transformers import PreTrainedModel
 
 from qcompiler.ir.annotations import Leaf, LeafKind, annotate
+from qcompiler.ir.fx import is_op
 from qcompiler.ir.graph import Graph
 from qcompiler.patterns import Check, Match, NearMiss, Pattern, Walk, leaf, op
-from qcompiler.patterns.transformer import GATED_PRODUCT
+from qcompiler.patterns.language import Test as Question
+from qcompiler.patterns.transformer import (
+    ATTENTIONS,
+    GATED_PRODUCT,
+    LOW_RANK,
+    MLP,
+    ROUTED_EXPERTS,
+    SCALAR_GATE,
+    TOP_K,
+)
 from qcompiler.patterns.vocabulary import source
 from tests.capture.models import captured
 
@@ -109,6 +120,47 @@ def test_a_walk_passes_leaves_only_of_the_kinds_it_names() -> None:
     through_norms = Walk("gate", "back", operand=0, through_leaves={LeafKind.NORM}, to=LINEAR)
     assert list(Pattern("normed", op("aten.mul"), (through_norms,)).matches(graph))
     assert not list(PRODUCT.matches(graph))  # silu is a leaf now, whatever it calls
+
+
+def _residual_stream(length: int) -> tuple[Graph, list[fx.Node]]:
+    """x + linear(x) + linear(x) + ...: whatever is added is read by all that follows."""
+    graph = fx.Graph()
+    x = stream = graph.placeholder("x")
+    linears = [_linear(graph, x, f"linear{i}") for i in range(length)]
+    for linear in linears:
+        stream = graph.call_function(ATEN.add.Tensor, (stream, linear))
+    graph.output(stream)
+    return Graph(graph, cast(PreTrainedModel, torch.nn.Module())), linears
+
+
+@pytest.mark.parametrize("length", [10, 100])
+def test_what_reaches_nothing_is_walked_once_however_many_walks_meet_it(length: int) -> None:
+    graph, linears = _residual_stream(length)
+    asked: list[fx.Node] = []
+
+    def ranked(node: fx.Node) -> bool:
+        asked.append(node)
+        return is_op(node, "aten.topk")
+
+    walk = Walk("choice", "forward", through={"aten.add"}, to=Question("a ranking", ranked), many=True)
+    assert not list(Pattern("ranked", LINEAR, (walk,)).matches(graph))
+    assert len(asked) == length + 1  # every sum, and the output
+    graph.fx.call_function(ATEN.topk.default, (linears[-1], 1))
+    assert [match.anchor for match in Pattern("ranked", LINEAR, (walk,)).matches(graph)] == [linears[-1]]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gemma3n_text", "gpt_oss"])
+def test_all_matches_of_a_pattern_are_those_of_its_anchors_one_by_one(model_type: str) -> None:
+    graph = captured(model_type)
+    for pattern in (*ATTENTIONS, MLP, GATED_PRODUCT, ROUTED_EXPERTS, TOP_K, SCALAR_GATE, LOW_RANK):
+        tried = [pattern.try_at(node) for node in graph.nodes if pattern.anchor.holds(node)]
+        assert list(pattern.matches(graph)) == [found for found in tried if isinstance(found, Match)]
+
+
+def test_only_the_anchors_asked_for_are_matched() -> None:
+    graph = captured("llama")
+    everything = [match.anchor for match in GATED_PRODUCT.matches(graph)]
+    assert [m.anchor for m in GATED_PRODUCT.matches(graph, lambda n: n is not everything[0])] == everything[1:]
 
 
 def test_either_of_two_tests_holds() -> None:
