@@ -9,6 +9,7 @@ import select
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,7 +66,8 @@ class Browser:
         try:
             self._session = None
             self.send("Browser.close")
-            self._process.wait(10)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
         finally:
             self._process.kill()
             self._process.wait()

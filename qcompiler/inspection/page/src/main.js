@@ -1,6 +1,23 @@
 'use strict';
 
-(() => {
+const UNPAINTED = 1000; // milliseconds after which a page in the background starts without having been painted
+
+afterFirstPaint(start);
+
+/** What the page says without scripts is painted first: nothing is computed before it. */
+function afterFirstPaint(then) {
+  const once = () => {
+    observer.disconnect();
+    clearTimeout(timer);
+    then();
+  };
+  const observer = new PerformanceObserver((list) => list.getEntriesByName('first-contentful-paint').length && once());
+  const timer = setTimeout(once, UNPAINTED);
+  observer.observe({type: 'paint', buffered: true});
+}
+
+function start() {
+  performance.mark('start');
   const find = (id) => document.getElementById(id);
   const model = new Model(JSON.parse(find('document').textContent));
   const panel = find('details');
@@ -171,8 +188,8 @@
   requestAnimationFrame(() =>
     setTimeout(() => {
       drawBlock();
-      model.prepare();
       document.documentElement.dataset.ready = 'true';
+      inSlices(model.count, (node) => model.haystack(node));
     }),
   );
 
@@ -182,4 +199,4 @@
     if (theme.value === 'system') delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme.value;
   });
-})();
+}

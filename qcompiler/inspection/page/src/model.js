@@ -19,7 +19,8 @@ class Model {
     this.weighted = this.where((node) => this.get(node, 'weighted'));
     this.others = this.where((node) => !this.get(node, 'weighted'));
     this.schemes = this.countSchemes();
-    this.haystacks = null;
+    this.inOrder = [...this.weighted, ...this.others];
+    this.haystacks = [];
   }
 
   get(node, field) {
@@ -74,30 +75,25 @@ class Model {
     return this.schemes.get(this.scheme(node))?.style ?? 'plain';
   }
 
-  /** Nodes that have every word of the query, weights first. `field:word` asks one, `field:"all of it"` for no more. */
-  search(query) {
+  /** Whether a node has every word of a query; null without words. `field:word` asks one, `field:"all of it"` no more. */
+  matcher(query) {
     const words = [...query.toLowerCase().matchAll(WORDS)].map(({groups}) => groups);
-    if (!words.length) return [];
-    this.prepare();
+    if (!words.length) return null;
     const tests = words.map(({field, whole, word}) => {
-      if (!field) return (node) => this.haystacks[node].includes(whole ?? word);
+      if (!field) return (node) => this.haystack(node).includes(whole ?? word);
       const read = (node) => SEARCHED[field](this, node).toLowerCase();
       if (whole !== undefined || field === 'layer') return (node) => read(node) === (whole ?? word);
       return (node) => read(node).includes(word);
     });
-    const has = (node) => tests.every((test) => test(node));
-    return [...this.weighted.filter(has), ...this.others.filter(has)];
+    return (node) => tests.every((test) => test(node));
   }
 
-  /** Write down, once, what a word is looked for in. */
-  prepare() {
-    const {layer: _, ...parts} = SEARCHED;
-    this.haystacks ??= Array.from(this.profileOf, (_, node) =>
-      Object.values(parts)
-        .map((read) => read(this, node))
-        .join(' ')
-        .toLowerCase(),
-    );
+  /** What a word is looked for in, written down when it is first asked for. */
+  haystack(node) {
+    this.haystacks[node] ??= HAYSTACK.map((read) => read(this, node))
+      .join(' ')
+      .toLowerCase();
+    return this.haystacks[node];
   }
 }
 
@@ -120,6 +116,34 @@ const SEARCHED = {
   group: (model, node) => `${model.get(node, 'input_group') ?? ''} ${model.get(node, 'fusion_group') ?? ''}`,
   op: (model, node) => `${model.get(node, 'op')} ${model.get(node, 'kind')}`,
 };
+
+const {layer: _, ...WITHOUT_LAYER} = SEARCHED;
+const HAYSTACK = Object.values(WITHOUT_LAYER);
+
+const SLICE = 8; // milliseconds: half a frame
+const STRIDE = 100;
+
+/** Calls `each` with 0 to `count`, in slices that let keys and paints through. Returns how to end it sooner. */
+function inSlices(count, each, done = () => {}) {
+  let place = 0;
+  let timer = null;
+  const run = (milliseconds) => {
+    const end = performance.now() + milliseconds;
+    do {
+      for (const stop = Math.min(count, place + STRIDE); place < stop; place++) each(place);
+    } while (place < count && performance.now() < end);
+    if (place < count) timer = setTimeout(run, 0, SLICE);
+    else done();
+  };
+  run(SLICE);
+  return {
+    stop: () => clearTimeout(timer),
+    finish: () => {
+      clearTimeout(timer);
+      if (place < count) run(Infinity);
+    },
+  };
+}
 
 const UNITS = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
 

@@ -5,7 +5,7 @@ const SHOWN = 50;
 /** A combobox: hits below the box, marked in the grid, counted aloud. */
 class Search {
   constructor(model, {box, list, count}, {onHits, onOpen}) {
-    Object.assign(this, {model, box, list, count, onHits, onOpen, hits: [], active: -1});
+    Object.assign(this, {model, box, list, count, onHits, onOpen, hits: [], active: -1, search: null});
     box.addEventListener('input', () => this.run());
     box.addEventListener('keydown', (event) => this.moved(event));
     box.addEventListener('focus', () => this.open(this.hits.length > 0));
@@ -28,16 +28,31 @@ class Search {
     this.run();
   }
 
+  /** Search in slices: a key never waits for the search that the key before it began. */
   run() {
+    this.search?.stop();
+    const {model} = this;
     const query = this.box.value.trim();
-    this.hits = this.model.search(query);
+    const has = model.matcher(query);
+    const hits = [];
+    this.list.setAttribute('aria-busy', 'true');
+    this.search = inSlices(
+      has ? model.count : 0,
+      (place) => has(model.inOrder[place]) && hits.push(model.inOrder[place]),
+      () => this.show(query, hits),
+    );
+  }
+
+  show(query, hits) {
+    this.hits = hits;
     this.active = -1;
-    const more = this.hits.length > SHOWN ? `, the first ${SHOWN} listed` : '';
-    this.count.textContent = query ? `${counted(this.hits.length, 'node')}${more}` : '';
-    this.list.replaceChildren(...this.hits.slice(0, SHOWN).map((node, place) => this.option(node, place)));
-    this.open(this.hits.length > 0 && document.activeElement === this.box);
+    this.list.setAttribute('aria-busy', 'false');
+    const more = hits.length > SHOWN ? `, the first ${SHOWN} listed` : '';
+    this.count.textContent = query ? `${counted(hits.length, 'node')}${more}` : '';
+    this.list.replaceChildren(...hits.slice(0, SHOWN).map((node, place) => this.option(node, place)));
+    this.open(hits.length > 0 && document.activeElement === this.box);
     this.box.removeAttribute('aria-activedescendant');
-    this.onHits(query ? new Set(this.hits) : null);
+    this.onHits(query ? new Set(hits) : null);
   }
 
   option(node, place) {
@@ -58,6 +73,7 @@ class Search {
   }
 
   moved(event) {
+    if (['ArrowDown', 'ArrowUp', 'Enter'].includes(event.key)) this.search?.finish(); // they are about what was written
     const options = [...this.list.children];
     if (event.key === 'Escape') {
       if (this.box.value) this.ask('');
