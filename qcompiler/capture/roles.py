@@ -64,7 +64,7 @@ def annotate_roles(graph: Graph) -> None:
     fusion_group = {n: i for what, m in findings.fused for i in [names.of(m[0], what)] for n in m}
     torn = _torn(graph, findings)
     for node, leaf in graph.leaves():
-        structure, because = findings.structure.get(node, (_BY_KIND.get(leaf.kind), f"it is a {leaf.kind}"))
+        structure, because = findings.structure.get(node, (_BY_KIND.get(leaf.kind), _because(leaf.kind)))
         if leaf.path in torn:
             structure, because = None, "it runs several times, in places of different structure"
         annotate(node, Role(structure, layers.get(node), input_group.get(node), fusion_group.get(node), because))
@@ -76,6 +76,11 @@ def _torn(graph: Graph, findings: _Findings) -> set[str]:
     for node, leaf in graph.leaves():
         places[leaf.path].add(findings.structure.get(node, (None,))[0])
     return {path for path, structures in places.items() if len(structures) > 1}
+
+
+def _because(kind: LeafKind) -> str:
+    word = "block of experts" if kind is LeafKind.EXPERTS else str(kind)
+    return f"it is {'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 _BY_KIND = {LeafKind.EXPERTS: Structure.EXPERTS, LeafKind.EMBEDDING: Structure.EMBEDDING}

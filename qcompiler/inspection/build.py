@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from transformers import PreTrainedModel
 
 from qcompiler.inspection.document import Candidate, Group, Measures, ModelFacts, Node, Verdict
+from qcompiler.inspection.experts import experts_of
 from qcompiler.inspection.plain import plain, plain_annotations
 from qcompiler.ir import fx
 from qcompiler.ir.annotations import Considered, Leaf, Quant, Rescale, Role, Scope, get, get_quant, observed
@@ -23,6 +24,7 @@ from qcompiler.lowering.sites import sites
 from qcompiler.patterns.nearest import nearest_at
 from qcompiler.patterns.vocabulary import source as source_of
 from qcompiler.report import LayerRow
+from qcompiler.source import ModelSource
 from qcompiler.targets import MODEL, Target, Violation, check, kernel
 
 _CONFIG = (
@@ -47,15 +49,17 @@ def model_facts(model: PreTrainedModel, name: str, layers: int) -> ModelFacts:
 
 
 def build_nodes(
-    graph: Graph, printer: Printer, rows: Mapping[str, LayerRow], verdicts: Mapping[str, Verdict]
+    graph: Graph, source: ModelSource, printer: Printer, rows: Mapping[str, LayerRow], verdicts: Mapping[str, Verdict]
 ) -> tuple[Node, ...]:
     """Every node of the graph. `rows` and `verdicts` are by module path, and may lack any."""
     part_of = {node: part.name for part in partitions(graph) for node in part.nodes}
-    near = _nearest(graph)
-    return tuple(
-        _node(node, printer, part_of.get(node), rows, verdicts).model_copy(update={"nearest": near.get(node)})
-        for node in graph.nodes
-    )
+    near, experts = _nearest(graph), experts_of(graph, source)
+    found = []
+    for node in graph.nodes:
+        made = _node(node, printer, part_of.get(node), rows, verdicts)
+        more = {"nearest": near.get(node), "experts": experts.get(made.path or "")}
+        found.append(made.model_copy(update=more))
+    return tuple(found)
 
 
 def _nearest(graph: Graph) -> dict[fx.Node, str]:

@@ -163,7 +163,7 @@ _COLUMNS = (
     Column("what"),
     Column("before"),
     Column("after"),
-    Column("bytes", right=True, rank=2),
+    Column("bytes in all", right=True, rank=2),
     Column("error", right=True, rank=1),
 )
 

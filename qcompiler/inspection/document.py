@@ -88,16 +88,45 @@ class Measures(_Data):
     seconds: float | None = None
 
 
+class Experts(_Data):
+    """What a block of experts stands for: `count` experts, whose projections have these `names`, `*` for the number.
+
+    First the names that runtimes look for, then those of tensors on disk where they differ.
+    """
+
+    count: int
+    names: tuple[str, ...]
+
+    def holds(self, name: str) -> bool:
+        """Whether this is the name of one projection of one of them."""
+        found = starred(name)
+        return found is not None and found[0] in self.names and found[1] < self.count
+
+    def ends(self, name: str) -> bool:
+        """Whether the name of one of them ends so."""
+        found = starred(name)
+        return found is not None and found[1] < self.count and any(n.endswith(f".{found[0]}") for n in self.names)
+
+
+def starred(name: str) -> tuple[str, int] | None:
+    """A name with `*` for the last number in it, and that number; None where it has none."""
+    parts = name.split(".")
+    last = next((place for place in reversed(range(len(parts))) if parts[place].isdecimal()), None)
+    if last is None:
+        return None
+    return ".".join([*parts[:last], "*", *parts[last + 1 :]]), int(parts[last])
+
+
 class Node(_Data):
     """One node of the graph.
 
     `name` is what the printed IR calls it, `inputs` the names of the nodes it reads, `shape` that of its value (`B` and
     `S` where it depends on batch and sequence). `kind` is that of a leaf (`linear`, `norm`, ...), else `operation`,
     `inserted` (by a pass), `input`, `attribute` or `output`. `weight_shape` is [out, in] of a linear. `bytes` are what
-    a linear or a block of experts takes on disk, None for nodes that are not listed. `nearest`: what a linear without
-    a structure nearly is. `decided`: a rule or an ignore
-    spoke; the scheme may still be None, for dense. `observes` is the statistic that an `observe` node collects,
-    `observers` are those collected for a linear. `annotations` has every annotation as passes left it, by its type.
+    a linear or a block of experts takes on disk, None for nodes that are not listed. `experts`: what a block of them
+    stands for. `nearest`: what a linear without a structure nearly is. `decided`: a rule or an ignore spoke; the scheme
+    may still be None, for dense. `observes` is the statistic that an `observe` node collects, `observers` are those
+    collected for a linear. `annotations` has every annotation as passes left it, by its type.
     """
 
     name: str
@@ -112,6 +141,7 @@ class Node(_Data):
     class_name: str | None = None
     parameters: int | None = None
     weight_shape: tuple[int, int] | None = None
+    experts: Experts | None = None
     structure: str | None = None
     nearest: str | None = None
     layer: int | None = None
@@ -236,13 +266,14 @@ class Document(_Data):
         return tuple(group for group in self.groups if group.id == name) if not any(self._aliases(name)) else ()
 
     def find(self, name: str) -> Node:
-        """The node of this module path or IR name (`%` or not). Raises `ConfigError` with near names."""
+        """The node of this module path, expert's weight or IR name (`%` or not). Raises `ConfigError`: near names."""
         wanted = name.removeprefix("%")
         for node in self._aliases(wanted):
             return node
         paths = dict.fromkeys(node.path for node in self.nodes if node.path is not None)
         known = dict.fromkeys([*paths, *(node.name for node in self.nodes), *(group.id for group in self.groups)])
         inside = [path for path in paths if wanted and f".{wanted}." in f".{path}."]
+        inside += [str(node.path) for node in self.nodes if node.experts is not None and node.experts.ends(wanted)]
         if inside:
             shown = ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if inside[3:] else "")
             raise ConfigError(
@@ -266,6 +297,7 @@ class Document(_Data):
         yield from (node for node in self.nodes if node.path == wanted)
         if wanted in self.by_name:
             yield self.by_name[wanted]
+        yield from (node for node in self.nodes if node.experts is not None and node.experts.holds(wanted))
 
     def as_json(self) -> str:
         """JSON, what is at its default left out; `parse_document` gives the document back."""

@@ -9,8 +9,9 @@ from pydantic import JsonValue
 from rich.text import Text
 
 from qcompiler.inspection.columns import Cell, Column, laid_out
+from qcompiler.inspection.dataflow import Dataflow, Ends
 from qcompiler.inspection.document import LISTED_KINDS, Candidate, Document, Group, Node
-from qcompiler.inspection.text import Styles, because, scheme_word, shape_word
+from qcompiler.inspection.text import Styles, because, braced, parts_words, scheme_word, shape_word
 from qcompiler.show import human
 
 _SHOWN = 6
@@ -28,7 +29,7 @@ def explain_lines(document: Document, name: str, width: int) -> list[Text]:
     if groups := document.groups_of(name):
         return [line for group in groups for line in _group_lines(document, group, width)]
     node = document.find(name)
-    lines = [_title(node), *_told(_decided(document, node), width)]
+    lines = [_title(node), *_told((*_asked(node, name), *_decided(document, node)), width)]
     if node.candidates:
         lines += _told([("rules", "", "")], width)
         lines += _rules(node.candidates, width)
@@ -66,6 +67,16 @@ def _title(node: Node) -> Text:
     facts = [f"%{node.name}" if node.path else "", node.class_name or node.op, shape_word(node)]
     facts += [f"layer {node.layer}" if node.layer is not None else node.partition or ""]
     return line.append(f"  {', '.join(filter(None, facts))}", style="not bold dim")
+
+
+def _asked(node: Node, name: str) -> Iterator[_Line]:
+    """What one node stands for, where that is many weights, and which of them was asked for."""
+    if node.experts is None:
+        return
+    words = f"{node.experts.count} experts, which the graph runs as one node: {parts_words(node.experts)}"
+    yield "stands for", words, ""
+    if node.experts.holds(name):
+        yield "asked for", f"{name}: one of these, and treated as all of them", ""
 
 
 def _decided(document: Document, node: Node) -> Iterator[_Line]:
@@ -106,36 +117,37 @@ def _rule(candidate: Candidate) -> list[Cell]:
 
 
 def _dataflow(document: Document, node: Node) -> Iterator[_Line]:
-    by_name = document.by_name
-    reads = [_shaped(by_name[name]) for name in node.inputs]
-    if reads:
-        made = _named(_nearest(node, {n.name: n.inputs for n in document.nodes}, by_name))
-        yield "reads", ", ".join(reads) + (f"; made by {made}" if made else ""), ""
+    """What a module reads and what it feeds; of an operation, the nodes beside it too."""
+    flow, by_name = Dataflow(document), document.by_name
+    read = [by_name[name] for name in node.inputs]
+    if node.path is not None and (tensor := flow.tensor(node)) is not None:
+        read = [tensor, *(other for other in read[1:] if other.kind in LISTED_KINDS)]
+    made = flow.before(node)
+    if read:
+        told = [_shaped(other) + (", the residual stream" if other.name in flow.residual else "") for other in read]
+        of = _ends(made, [other.name for other in read])
+        yield "reads", ", ".join(told) + (f"; made of {of}" if of else ""), ""
     readers = document.readers.get(node.name, ())
-    if readers:
-        led = _named(_nearest(node, document.readers, by_name))
-        yield "read by", _some([_shaped(by_name[name]) for name in readers]) + (f"; leads to {led}" if led else ""), ""
+    if node.path is None and readers:
+        yield "read by", _some([_shaped(by_name[name]) for name in readers]), ""
+    fed = flow.after(node)
+    if fed.weights or fed.streams:
+        then = [flow.next_reader(stream) for stream in fed.streams[:1]]
+        after = f", which {then[0].path} reads next" if then and then[0] is not None else ""
+        yield "feeds", _ends(fed, []) + after, ""
+    if node.name in flow.residual:
+        yield "is", "the residual stream: a branch is added to what it branched from", ""
     if node.observes is not None:
         group = next((g for g in document.groups if g.kind == "observer" and g.id == node.observes), None)
         for_whom = [by_name[m].path or m for m in group.members if by_name[m].path] if group else []
         yield "collects", f"{node.observes}, for {_some(for_whom)}; {because(node)}", ""
 
 
-def _nearest(node: Node, edges: Mapping[str, Sequence[str]], by_name: Mapping[str, Node]) -> list[Node]:
-    """The nearest modules along `edges`."""
-    found: dict[str, Node] = {}
-    seen: set[str] = set()
-    todo = list(edges.get(node.name, ()))
-    while todo:
-        name = todo.pop(0)
-        if name in seen:
-            continue
-        seen.add(name)
-        if by_name[name].path is not None:
-            found[name] = by_name[name]
-        else:
-            todo.extend(edges.get(name, ()))
-    return list(found.values())
+def _ends(found: Ends, without: Sequence[str]) -> str:
+    """The nearest weights and the residual stream, those left out that are told already."""
+    told = [_some([str(node.path) for node in found.weights if node.name not in without])]
+    told += [f"the residual stream %{node.name}" for node in found.streams if node.name not in without]
+    return " and ".join(filter(None, told))
 
 
 def _groups(document: Document, node: Node) -> Iterator[_Line]:
@@ -211,16 +223,12 @@ def _cost(node: Node) -> Iterator[_Line]:
 
 def _shaped(node: Node) -> str:
     shape = f" [{','.join(node.shape)}]" if node.shape is not None else ""
-    return f"%{node.name}{shape}"
-
-
-def _named(nodes: Sequence[Node]) -> str:
-    return _some([str(node.path) for node in nodes]) if nodes else ""
+    return f"{node.path or f'%{node.name}'}{shape}"
 
 
 def _some(words: Sequence[str]) -> str:
     more = len(words) - _SHOWN
-    return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return braced(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _told(lines: Iterable[_Line], width: int) -> Iterator[Text]:

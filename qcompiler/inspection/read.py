@@ -157,7 +157,7 @@ def _document(graph: Graph, context: Context, pipeline: Pipeline | None, after: 
         target=name,
         kv_cache=graph.kv_cache.numbers.short if graph.kv_cache is not None else None,
         config_summary=context.report.config_summary,
-        nodes=build_nodes(graph, printer, rows, verdicts),
+        nodes=build_nodes(graph, source, printer, rows, verdicts),
         groups=build_groups(graph, printer),
         ledger=ledger,
         total_bytes=total,

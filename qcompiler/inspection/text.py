@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from rich.text import Text
 
 from qcompiler.inspection.columns import Cell, Column, laid_out
-from qcompiler.inspection.document import LISTED_KINDS, Document, Node
+from qcompiler.inspection.document import LISTED_KINDS, Document, Experts, Node
 from qcompiler.inspection.fold import Fold, below, fold, outside
 from qcompiler.show import human, spans
 
 _PALETTE = ("cyan", "green", "magenta", "yellow", "blue", "bright_red", "bright_green", "bright_magenta")
 DENSE = "dense"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 COLUMNS = (
     Column(""),
@@ -23,6 +24,7 @@ COLUMNS = (
     Column("fused", rank=7),
     Column("bits/weight", right=True, rank=3),
     Column("bytes", right=True),
+    Column("all layers", right=True, rank=1),
     Column("error", right=True, rank=1),
     Column("worst", rank=2),
     Column("output error", right=True, rank=2),
@@ -63,7 +65,7 @@ def text_lines(document: Document, width: int) -> list[Text]:
             lines.append(title)
         lines += laid[: len(rows)]
         del laid[: len(rows)]
-    return [*lines, *notes(document)]
+    return [*lines, *_experts(folds), *notes(document)]
 
 
 def full_lines(document: Document) -> list[Text]:
@@ -164,6 +166,34 @@ def count(number: int) -> str:
     return str(number)
 
 
+def braced(names: Sequence[str]) -> str:
+    """Names in one line, those of one parent together: `mlp.{up_proj, down_proj}`."""
+    parents: list[tuple[str, list[str]]] = []
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        if parents and parent and parents[-1][0] == parent:
+            parents[-1][1].append(last)
+        else:
+            parents.append((parent, [last]))
+    shown = [(f"{parent}." if parent else "", ", ".join(last), len(last)) for parent, last in parents]
+    return ", ".join(f"{parent}{{{last}}}" if several > 1 else f"{parent}{last}" for parent, last, several in shown)
+
+
+def parts_words(experts: Experts, prefix: str = "") -> str:
+    """The names that a block of experts stands for, `prefix` left out: `mlp.experts.{0-7}.{up_proj, down_proj}`."""
+    return braced([name.removeprefix(prefix) for name in experts.names]).replace("*", f"{{0-{experts.count - 1}}}")
+
+
+def _experts(folds: Sequence[Fold]) -> list[Text]:
+    """What blocks of experts stand for, each kind once."""
+    told: dict[str, None] = {}
+    for node in (node for found in folds for node in found.nodes):
+        if node.experts is not None:
+            prefix = str(node.path).removesuffix(below(node))
+            told[f"{below(node)} is {node.experts.count} experts in one: {parts_words(node.experts, prefix)}"] = None
+    return [Text(f"  {words}", style="dim") for words in told]
+
+
 def _is_listed(node: Node) -> bool:
     return node.kind in LISTED_KINDS
 
@@ -181,7 +211,7 @@ def _fold_rows(found: Fold, styles: Styles) -> list[list[Cell]]:
 
 def _row(name: str, nodes: Sequence[Node], styles: Styles, differs: str = "") -> list[Cell]:
     first, style = nodes[0], styles.of(nodes[0])
-    sizes = [node.bytes for node in nodes if node.bytes is not None]
+    each, together = bytes_words(nodes)
     fused = first.fusion_group or ""
     return [
         Cell(name),
@@ -191,7 +221,8 @@ def _row(name: str, nodes: Sequence[Node], styles: Styles, differs: str = "") ->
         Cell(by(first), style),
         Cell(fused.partition(".")[2] if first.layer is not None and fused.startswith("l") else fused, "dim"),
         Cell(f"{first.bits_per_weight:.2f}" if first.bits_per_weight is not None else ""),
-        Cell(human(sum(sizes)) if sizes else ""),
+        Cell(each),
+        Cell(together),
         Cell(mean_of(nodes, "error")),
         Cell(_worst(nodes)),
         Cell(mean_of(nodes, "output_error")),
@@ -199,6 +230,16 @@ def _row(name: str, nodes: Sequence[Node], styles: Styles, differs: str = "") ->
         Cell(because(first), "dim"),
         Cell(differs, "bold yellow"),
     ]
+
+
+def bytes_words(nodes: Sequence[Node]) -> tuple[str, str]:
+    """The bytes of one, and those of all where they are several: `2.52 KiB` and `x3 = 7.55 KiB`."""
+    sizes = [node.bytes for node in nodes if node.bytes is not None]
+    if not sizes:
+        return "", ""
+    mean = "" if len(set(sizes)) == 1 else " on average"
+    together = f"{TIMES}{len(sizes)} = {human(sum(sizes))}" if len(sizes) > 1 else ""
+    return f"{human(sum(sizes) // len(sizes))}{mean}", together
 
 
 def mean_of(nodes: Sequence[Node], key: str) -> str:
@@ -239,6 +280,7 @@ def _ir_line(node: Node, styles: Styles) -> Text:
         line.append(f"  {decided}", style=styles.of(node))
     facts = [node.structure, f"group={node.fusion_group}" if node.fusion_group else None]
     facts += [f"id={node.observes}" if node.observes else None]
+    facts += [f"{node.experts.count} experts" if node.experts is not None else None]
     line.append("".join(f"  {fact}" for fact in facts if fact))
     line.append(f"  ; {because(node)}" if node.decided or node.observes else "", style="dim")
     return line

@@ -9,8 +9,18 @@ from rich.text import Text
 
 from qcompiler.inspection.document import Document, Node
 from qcompiler.inspection.fold import below, fold, outside
-from qcompiler.inspection.text import Styles, by, difference, heading, is_strange, notes, scheme_word, summary
-from qcompiler.show import human
+from qcompiler.inspection.text import (
+    Styles,
+    by,
+    bytes_words,
+    difference,
+    heading,
+    is_strange,
+    notes,
+    parts_words,
+    scheme_word,
+    summary,
+)
 
 
 @dataclass(slots=True)
@@ -71,7 +81,10 @@ def _label(nodes: Sequence[Node], styles: Styles) -> Text:
     if first.bytes is None:
         return Text(f"  {first.kind}", style="dim")
     label = Text(f"  {' '.join(filter(None, (scheme_word(first), by(first))))}", style=styles.of(first))
-    return label.append(f"  {human(sum(node.bytes or 0 for node in nodes))}", style="dim")
+    label.append("  " + " ".join(filter(None, bytes_words(nodes))), style="dim")
+    if first.experts is not None:
+        label.append(f"  {first.experts.count} experts: {parts_words(first.experts, f'{first.path}.')}", style="dim")
+    return label
 
 
 def _drawn(branch: _Branch, before: str) -> Iterable[Text]:

@@ -25,7 +25,7 @@ def sites(graph: Graph) -> list[Site]:
         if leaf.kind in LISTED:
             found.setdefault(leaf.path, _site(node, leaf))
         elif leaf.kind is LeafKind.EXPERTS:
-            found |= {site.name: site for site in _experts(graph, leaf)}
+            found |= {site.name: site for site in expert_sites(graph, leaf)}
     return list(found.values())
 
 
@@ -46,12 +46,13 @@ def disk_sites(graph: Graph, source: ModelSource) -> list[Site]:
             found.setdefault(name, replace(site, name=name, fusion_group=None))
     for _, leaf in graph.leaves():
         if leaf.kind is LeafKind.EXPERTS:
-            for name in _experts_on_disk(source, leaf):
+            for name in experts_on_disk(source, leaf):
                 found.setdefault(name, Site(name, 0, 0, structure=Structure.EXPERTS, kind="experts"))
     return [site for name, site in found.items() if name not in paths]
 
 
-def _experts_on_disk(source: ModelSource, leaf: Leaf) -> Iterator[str]:
+def experts_on_disk(source: ModelSource, leaf: Leaf) -> Iterator[str]:
+    """The names on disk of the projections of one expert block, where they are stored expert by expert."""
     block = source.model.get_submodule(leaf.path)
     for name, parameter in block.named_parameters(recurse=False):
         if parameter.dim() == 3:
@@ -73,7 +74,7 @@ def _site(node: Node, leaf: Leaf) -> Site:
     )
 
 
-def _experts(graph: Graph, leaf: Leaf) -> Iterator[Site]:
+def expert_sites(graph: Graph, leaf: Leaf) -> Iterator[Site]:
     """The projections of one expert block. A merged gate and up is two of them, by the names that runtimes use."""
     block = graph.model.get_submodule(leaf.path)
     shapes = {name: tuple(p.shape) for name, p in block.named_parameters(recurse=False) if p.dim() == 3}

@@ -17,7 +17,8 @@ from typing import Any, Self
 EXECUTABLE = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 _FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
-    " --disable-extensions --disable-background-networking --disable-component-update --remote-debugging-pipe"
+    " --disable-extensions --disable-background-networking --disable-component-update --disable-gpu-watchdog"
+    " --remote-debugging-pipe"
 )
 _PATIENCE = 60.0
 

@@ -127,7 +127,7 @@ def test_every_node_comes_out_of_the_data_as_it_went_in() -> None:
         facts |= facts.pop("measures", {})
         facts = {name: float(f"{fact:.6g}") if isinstance(fact, float) else fact for name, fact in facts.items()}
         row["inputs"] = [document.nodes[place].name for place in row["inputs"]]
-        derived = {"weighted", "alike", "where_because", "short", "column"}
+        derived = {"residual", "weighted", "alike", "where_because", "short", "column"}
         facts["inputs"] = sorted(facts.get("inputs", []), key=[other.name for other in document.nodes].index)
         assert {name: fact for name, fact in row.items() if fact is not None and name not in derived} == facts
 

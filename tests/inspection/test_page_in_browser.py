@@ -10,6 +10,8 @@ import pytest
 
 from qcompiler.inspection.document import Document
 from qcompiler.inspection.page import render_page
+from qcompiler.inspection.read import read_graph
+from tests.capture.models import captured
 from tests.inspection.browser import EXECUTABLE, Browser
 from tests.inspection.documents import decoder
 
@@ -146,6 +148,8 @@ def test_layers_that_are_alike_fold_to_one_row(show: Show) -> None:
     assert page.run("document.querySelectorAll('#grid tbody tr').length") == 2
     page.click(cell(1, 7))
     assert "w:int8/g128 \N{MULTIPLICATION SIGN}5" in text(page, "#details")
+    assert "bytes each\n64.00 KiB" in text(page, "#details")
+    assert "bytes in all\n320.00 KiB" in text(page, "#details")
 
 
 def test_a_block_is_drawn_with_its_edges_and_groups(show: Show) -> None:
@@ -199,9 +203,50 @@ def test_a_compiled_checkpoint_tells_its_rules_groups_and_errors(show: Show, sto
     for candidate in last.candidates:
         assert f"{candidate.outcome}: {candidate.who}" in told
     assert {candidate.outcome for candidate in last.candidates} == {"decides", "overridden"}
-    assert "Made by" in told
+    assert "Made of" in told
     whole = stored.file_bytes
     assert f"{whole:,}" in text(page, "#ledger-sum")
+
+
+def test_a_search_for_a_weight_of_an_expert_finds_the_block_that_stands_for_it(show: Show) -> None:
+    document = read_graph(captured("mixtral"))
+    experts = document.find("model.layers.1.mlp.experts").experts
+    assert experts is not None
+    page = show(document)
+    page.press("/")
+    for query, count in (
+        ("experts.1.down_proj", 2),
+        ("model.layers.1.mlp.experts.0.gate_proj", 1),
+        ("path:experts.1.down_proj layer:0", 1),
+        (f"experts.{experts.count}.down_proj", 0),
+        ("experts.1.no_proj", 0),
+    ):
+        page.type(query)
+        assert text(page, "#count").split()[0] == str(count), query
+        page.press("Escape")
+    page.type("model.layers.1.mlp.experts.0.up_proj")
+    page.press("Enter")
+    assert text(page, "#details-title") == "model.layers.1.mlp.experts"
+    told = text(page, "#details")
+    assert f"{experts.count}, run as one node" in told
+    assert f"model.layers.1.mlp.experts.{{0\N{EN DASH}{experts.count - 1}}}.up_proj" in told
+    names = page.run("[...document.querySelectorAll('g.box .name')].map((name) => name.textContent.trim())")
+    assert f"mlp.experts ({experts.count} in one)" in names
+
+
+def test_details_lead_from_weight_to_weight(show: Show) -> None:
+    page = show(read_graph(captured("llama")))
+    page.press("/")
+    page.type("model.layers.0.mlp.down_proj ")
+    page.press("Enter")
+    sections = page.run(
+        "Object.fromEntries([...document.querySelectorAll('#details section')].map((section) =>"
+        " [section.querySelector('h3').innerText, section.innerText]))"
+    )
+    assert "model.layers.0.mlp.gate_proj" in sections["Made of"]
+    assert "model.layers.0.mlp.up_proj" in sections["Made of"]
+    assert sections["Feeds"].endswith("the residual stream")
+    assert "model.layers.1" not in sections["Feeds"]
 
 
 def test_names_made_to_break_out_are_shown_and_run_nothing(show: Show) -> None:

@@ -14,9 +14,10 @@ from qcompiler.inspection.document import Document, Node, Verdict
 from qcompiler.inspection.explain import explain_lines
 from qcompiler.inspection.fold import fold
 from qcompiler.inspection.read import read_graph
-from qcompiler.inspection.text import full_lines, text_lines
+from qcompiler.inspection.text import TIMES, full_lines, text_lines
 from qcompiler.inspection.tree import tree_lines
 from qcompiler.ir.printer import print_graph
+from qcompiler.show import human
 from tests.capture.models import captured
 from tests.conftest import Golden
 
@@ -83,10 +84,80 @@ def test_groups_are_explained_too(name: str, kind: str, says: str, document: Doc
     assert any(re.match(r"    model\.layers\.2\.mlp\.up_proj +w:int4/g16", line) for line in lines[start:])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name", "reads", "feeds"),
+    [
+        (
+            *("llama", "model.layers.1.self_attn.q_proj"),
+            "model.layers.1.input_layernorm [B,S,64]; made of the residual stream",
+            "model.layers.1.self_attn.o_proj",
+        ),
+        (
+            *("llama", "model.layers.0.mlp.down_proj"),
+            "; made of model.layers.0.mlp.{gate_proj, up_proj}",
+            "the residual stream %S, which model.layers.1.input_layernorm reads next",
+        ),
+        (
+            *("gemma3_text", "model.layers.1.self_attn.o_proj"),  # its output is normed before it is added
+            "; made of model.layers.1.self_attn.{q_proj, k_proj, v_proj}",  # past the norms of q and k
+            "the residual stream %S, which model.layers.1.pre_feedforward_layernorm reads next",
+        ),
+        (
+            *("phi3", "model.layers.1.self_attn.o_proj"),
+            "; made of model.layers.1.self_attn.qkv_proj",
+            "the residual stream %S, which model.layers.1.post_attention_layernorm reads next",
+        ),
+        (
+            *("mixtral", "model.layers.1.mlp.experts"),
+            "; made of model.layers.1.mlp.gate and the residual stream",
+            "the residual stream %S, which model.norm reads next",
+        ),
+    ],
+)
+def test_dataflow_is_told_from_weight_to_weight(architecture: str, name: str, reads: str, feeds: str) -> None:
+    lines = [line.plain for line in explain_lines(read_graph(captured(architecture)), name, 1000)]
+    (read,) = (line for line in lines if line.startswith("  reads"))
+    (fed,) = (line for line in lines if line.startswith("  feeds"))
+    assert reads in read
+    assert re.fullmatch(re.escape(f"  feeds        {feeds}").replace("%S", r"%\w+"), fed)
+
+
+def test_a_block_of_experts_says_what_it_stands_for() -> None:
+    document = read_graph(captured("mixtral"))
+    experts = document.find("model.layers.1.mlp.experts").experts
+    assert experts is not None
+    parts, last = "{gate_proj, up_proj, down_proj}", experts.count - 1
+    assert f"mlp.experts is {experts.count} experts in one: mlp.experts.{{0-{last}}}.{parts}" in plain(
+        text_lines(document, 1000)
+    )
+    assert f"{experts.count} experts: {{0-{last}}}.{parts}" in plain(tree_lines(document, 1000))
+    for name in (f"model.layers.1.mlp.experts.{last}.down_proj", "model.layers.1.mlp.experts.0.gate_proj"):
+        lines = plain(explain_lines(document, name, 1000))
+        assert lines.startswith("model.layers.1.mlp.experts  ")
+        assert f"model.layers.1.mlp.experts.{{0-{last}}}.{parts}" in lines
+        assert f"asked for    {name}: one of these" in lines
+    for name in (f"model.layers.1.mlp.experts.{last + 1}.down_proj", "model.layers.1.mlp.experts.0.no_proj"):
+        with pytest.raises(ConfigError, match=r"has no node .* did you mean 'model\.layers\.1\.mlp\.experts'"):
+            document.find(name)
+    with pytest.raises(ConfigError, match=r"is part of model\.layers\.0\.mlp\.experts"):
+        document.find(f"experts.{last}.down_proj")
+
+
+def test_folded_layers_say_the_bytes_of_each_and_of_all(document: Document) -> None:
+    node = document.find("model.layers.0.mlp.gate_proj")
+    assert node.bytes is not None
+    each, together = human(node.bytes), human(3 * node.bytes)
+    for lines in (text_lines(document, 1000), tree_lines(document, 1000)):
+        (line,) = (line.plain for line in lines if "gate_proj" in line.plain)
+        assert re.search(rf"{each} +{TIMES}3 = {together}", line)
+        (alone,) = (line.plain for line in lines if "lm_head" in line.plain and "KiB" in line.plain)
+        assert "=" not in alone
+
+
 def test_an_observer_says_what_it_collects_and_for_whom(document: Document) -> None:
     name = next(node.name for node in document.nodes if node.observes == "l2.mlp-input.channels")
     text = plain(explain_lines(document, f"%{name}", 1000))
-    assert "collects     l2.mlp-input.channels, for model.layers.2.mlp.gate_proj, model.layers.2.mlp.up_proj" in text
+    assert "collects     l2.mlp-input.channels, for model.layers.2.mlp.{gate_proj, up_proj}" in text
 
 
 def test_what_was_measured_is_explained(stored: Document) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from qcompiler.inspection.dataflow import Dataflow
 from qcompiler.inspection.document import Document, Node
 from qcompiler.inspection.fold import facts
 
@@ -24,11 +25,15 @@ def page_data(document: Document) -> dict[str, Any]:
     """
     places = {node.name: place for place, node in enumerate(document.nodes)}
     listed = {node.name for node in document.listed}
+    residual = Dataflow(document).residual
     kinds: dict[object, int] = {}
     rows = [
         {**_fields(node, listed=node.name in listed, kinds=kinds), "inputs": sorted({places[i] for i in node.inputs})}
         for node in document.nodes
     ]
+    for node, row in zip(document.nodes, rows, strict=True):
+        if node.name in residual:
+            row["residual"] = True
     return {
         "nodes": _shared(rows),
         "target": document.target,

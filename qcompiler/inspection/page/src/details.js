@@ -10,7 +10,7 @@ const NUMBERS = new Set([
 ]);
 const SECTIONS = [
   ['Why', ['because', 'rules', 'target', 'structure', 'nearest']],
-  ['What', ['class_name', 'weight_shape', 'shape', 'parameters', 'layer', 'partition', 'op', 'arguments']],
+  ['What', ['experts', 'class_name', 'weight_shape', 'shape', 'parameters', 'layer', 'partition', 'op', 'arguments']],
   ['Scheme', ['scheme', 'format', 'algorithm', 'run', 'observes', 'observers']],
   ['Size', ['bytes', 'bits_per_weight']],
   ['Error', ['error', 'output_error', 'transform_gain', 'damping', 'dead_columns', 'seconds']],
@@ -35,6 +35,7 @@ const HIDDEN = new Set([
   'ratio',
   'candidates',
   'verdict',
+  'residual',
   'input_group',
   'fusion_group',
 ]);
@@ -60,20 +61,7 @@ class Details {
       if (rows.length) parts.push(section(title, this.list(rows)));
     }
     parts.push(...this.groupsOf(node));
-    parts.push(
-      this.links(
-        'Reads',
-        model.get(node, 'inputs'),
-        this.made(node, (other) => model.get(other, 'inputs'), 'Made by'),
-      ),
-    );
-    parts.push(
-      this.links(
-        'Read by',
-        model.consumers[node],
-        this.made(node, (other) => model.consumers[other], 'Leads to'),
-      ),
-    );
+    parts.push(...this.dataflow(node));
     const rest = [...told].filter(([name]) => !listed.has(name));
     if (rest.length) parts.push(section('Other annotations', this.list(rest)));
     this.panel.replaceChildren(...parts.filter(Boolean));
@@ -103,40 +91,57 @@ class Details {
     const target = this.model.data.target ?? 'the target';
     if (verdict?.legal) put('target', [`${target} loads it`, verdict.kernel && `by kernel ${verdict.kernel}`]);
     else if (verdict) told.set('target', [...verdict.problems, ...verdict.mends]);
+    const experts = told.get('experts');
+    if (experts) put('experts', [`${experts.count}, run as one node`, ...partsOf(experts)]);
     if (told.has('candidates')) told.set('rules', told.get('candidates'));
     return told;
   }
 
-  /** The nearest modules up or down the graph, where a neighbour is none. */
-  made(node, next, words) {
-    const found = new Set();
+  /** What a module reads and what it feeds: tensors and the nearest weights; of an operation, its neighbours too. */
+  dataflow(node) {
+    const model = this.model;
+    const inputs = (other) => model.get(other, 'inputs');
+    const readers = (other) => model.consumers[other];
+    const isModule = model.get(node, 'path') !== null;
+    const read = isModule ? [...new Set(inputs(node).map((other) => model.tensor(other)))] : inputs(node);
+    const made = this.ends(node, inputs).filter((other) => !read.includes(other));
+    const fed = this.ends(node, readers);
+    return [
+      this.links('Reads', read),
+      this.links('Made of', made),
+      isModule ? null : this.links('Read by', readers(node)),
+      this.links('Feeds', fed),
+    ];
+  }
+
+  /** The nearest weights along `next`, and where the residual stream is met: beyond, every later layer reads it. */
+  ends(node, next) {
+    const model = this.model;
+    const found = [];
     const seen = new Set();
     const left = [...next(node)];
     for (const other of left) {
       if (seen.has(other)) continue;
       seen.add(other);
-      if (this.model.get(other, 'path') !== null) found.add(other);
+      const ends = model.get(other, 'weighted') || model.get(other, 'kind') === 'embedding' || model.get(other, 'residual');
+      if (ends) found.push(other);
       else left.push(...next(other));
     }
-    const far = [...found].filter((other) => !next(node).includes(other));
-    if (!far.length) return null;
-    const shown = far
-      .slice(0, 6)
-      .map((other) => this.model.label(other))
-      .join(', ');
-    return `${words} ${shown}${far.length > 6 ? ` and ${far.length - 6} more` : ''}.`;
+    return found.sort((a, b) => a - b);
   }
 
   showCell(cell) {
     const model = this.model;
     const bytes = cell.nodes.reduce((sum, node) => sum + (model.get(node, 'bytes') ?? 0), 0);
+    const sizes = new Set(cell.nodes.map((node) => model.get(node, 'bytes')));
     const counts = new Map();
     for (const node of cell.nodes) counts.set(model.scheme(node), (counts.get(model.scheme(node)) ?? 0) + 1);
     const rows = [
       ['layer', cell.row],
       ['weights', cell.nodes.length],
-      ['bytes', bytes],
-    ];
+      ['bytes each', sizes.size === 1 ? [...sizes][0] : null],
+      ['bytes in all', bytes],
+    ].filter(([, value]) => value !== null);
     for (const name of ['error', 'output_error']) {
       const values = cell.nodes.map((node) => model.get(node, name)).filter((value) => value !== null);
       if (values.length)
@@ -230,7 +235,10 @@ class Details {
     const model = this.model;
     const button = h('button', {type: 'button', class: 'link'}, model.label(node));
     button.addEventListener('click', () => this.onOpen(node));
-    if (!model.get(node, 'weighted')) return button;
+    if (!model.get(node, 'weighted')) {
+      if (!model.get(node, 'residual')) return button;
+      return h('span', {}, button, h('small', {}, ' the residual stream'));
+    }
     const line = document.createDocumentFragment();
     line.append(button, ' ', chip(model.style(node), model.scheme(node)));
     return line;
@@ -247,7 +255,7 @@ function chip(style, text) {
 
 /** A value as people read it: bytes in units, numbers short, tables as lists. */
 function said(name, value) {
-  if (name.endsWith('bytes') && typeof value === 'number') return `${human(value)} (${grouped(value)} bytes)`;
+  if (/(^|_)bytes\b/.test(name) && typeof value === 'number') return `${human(value)} (${grouped(value)} bytes)`;
   if (name.endsWith('shape') && Array.isArray(value)) return value.join(' × ');
   if (name === 'rules') return h('ol', {class: 'plain-list'}, ...value.map(candidate));
   if (typeof value === 'number') return NUMBERS.has(name) || !Number.isInteger(value) ? brief(value) : grouped(value);
@@ -273,6 +281,11 @@ function candidate({who, selects, becomes, outcome, because = ''}) {
     `${who}: ${selects} → ${becomes}`,
     because ? h('small', {}, ` (${because})`) : '',
   );
+}
+
+/** What a block of experts stands for, as names: `experts.{0–7}.up_proj`. */
+function partsOf({count, names}) {
+  return names.map((name) => name.replace('*', `{0–${count - 1}}`));
 }
 
 function isPlain(value) {

@@ -126,7 +126,9 @@ class Block {
     }
     const name = box.key === node ? model.short(node) : model.get(node, 'column');
     const title = model.get(node, 'path') === null ? opName(model, node) : name;
-    const lines = [box.nodes.length > 1 ? `${title} ×${box.nodes.length}` : title];
+    const experts = model.get(node, 'experts');
+    const count = box.nodes.length > 1 ? ` ×${box.nodes.length}` : experts ? ` (${experts.count} in one)` : '';
+    const lines = [title + count];
     if (model.get(node, 'weighted')) lines.push(this.schemes(box));
     else if (model.get(node, 'path') !== null) lines.push(model.get(node, 'kind'));
     return lines;

@@ -95,7 +95,9 @@ class Grid {
   cell(row, column, nodes) {
     if (!nodes.length) return Object.assign(h('td', {class: 'empty', tabindex: '-1', 'aria-label': 'none'}), {nodes});
     const shown = this.scale ? this.scale.show(nodes) : this.schemeOf(nodes);
-    const count = nodes.length > 1 ? `, ${counted(nodes.length, 'weight')}` : '';
+    const experts = this.model.get(nodes[0], 'experts');
+    const several = nodes.length > 1 ? `, ${counted(nodes.length, experts ? 'block' : 'weight')}` : '';
+    const count = several + (experts ? `, ${counted(experts.count, 'expert')}${several && ' each'}` : '');
     const label = `${row === 'outside the layers' ? '' : `layer ${row}, `}${column}: ${shown.long ?? shown.text}${count}`;
     const cell = h(
       'td',

@@ -42,6 +42,13 @@ class Model {
     return found;
   }
 
+  /** A tensor, whatever passes inserted after it. */
+  tensor(node) {
+    return this.get(node, 'kind') === 'inserted' && this.get(node, 'inputs').length
+      ? this.tensor(this.get(node, 'inputs')[0])
+      : node;
+  }
+
   label(node) {
     return this.get(node, 'path') ?? this.get(node, 'name');
   }
@@ -80,12 +87,21 @@ class Model {
     const words = [...query.toLowerCase().matchAll(WORDS)].map(({groups}) => groups);
     if (!words.length) return null;
     const tests = words.map(({field, whole, word}) => {
-      if (!field) return (node) => this.haystack(node).includes(whole ?? word);
+      const part = starred(whole ?? word);
+      if (!field) return (node) => this.haystack(node).includes(whole ?? word) || this.holds(node, part);
+      if (field === 'path' && whole === undefined && part)
+        return (node) => SEARCHED.path(this, node).toLowerCase().includes(word) || this.holds(node, part);
       const read = (node) => SEARCHED[field](this, node).toLowerCase();
       if (whole !== undefined || field === 'layer') return (node) => read(node) === (whole ?? word);
       return (node) => read(node).includes(word);
     });
     return (node) => tests.every((test) => test(node));
+  }
+
+  /** Whether a node stands for weights of such a name. */
+  holds(node, part) {
+    const experts = part && this.get(node, 'experts');
+    return Boolean(experts) && part.number < experts.count && experts.names.some((name) => name.includes(part.name));
   }
 
   /** What a word is looked for in, written down when it is first asked for. */
@@ -95,6 +111,12 @@ class Model {
       .toLowerCase();
     return this.haystacks[node];
   }
+}
+
+/** A name with a star for the last number in it, as blocks of experts name what they stand for. */
+function starred(word) {
+  const found = word.match(/^(.*\.)(\d+)(\..*)?$/);
+  return found && {name: `${found[1]}*${found[3] ?? ''}`, number: Number(found[2])};
 }
 
 /** A column's values: as they stand, or texts put together from what they share and their numbers. */
