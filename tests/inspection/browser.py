@@ -9,10 +9,13 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
+
+from qcompiler.inspection.document import Document
 
 EXECUTABLE = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 _FLAGS = (
@@ -153,3 +156,18 @@ class Browser:
                 self.problems.append(f"dialog: {told['message']}")
             case "Network.requestWillBeSent" if not told["request"]["url"].startswith("file:"):
                 self.problems.append(f"request: {told['request']['url']}")
+
+
+Show: TypeAlias = Callable[[Document], Browser]
+
+
+def text(browser: Browser, selector: str) -> str:
+    return str(browser.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+
+
+def cell(row: int, column: int) -> str:
+    return f"#grid tbody tr:nth-child({row}) td:nth-of-type({column})"
+
+
+def focused(browser: Browser) -> str:
+    return str(browser.run("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"))

@@ -1,7 +1,8 @@
-"""A tiny model read at several points, and compiled: each once for all tests."""
+"""A tiny model read at several points, and compiled, and a browser: each once for all tests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import yaml
 
 from qcompiler.inspection.checkpoint import read_checkpoint
 from qcompiler.inspection.document import Document
+from qcompiler.inspection.page import render_page
 from qcompiler.inspection.read import read_plans
 from qcompiler.pipeline import Pipeline, parse_pipeline
 from tests.compile.tiny import compile_tiny, save_tiny
+from tests.inspection.browser import Browser, Show
 
 MIXED = {
     "name": "mixed",
@@ -73,3 +76,25 @@ def compiled(model: str, mixed: Pipeline, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def stored(compiled: str) -> Document:
     return read_checkpoint(Path(compiled))
+
+
+@pytest.fixture(scope="session")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def show(window: Browser, tmp_path: Path) -> Iterator[Show]:
+    """Opens a document's page; afterwards, nothing may have gone wrong in it."""
+
+    def opened(document: Document) -> Browser:
+        file = tmp_path / "page.html"
+        file.write_text(render_page(document), encoding="utf-8")
+        window.open(file.as_uri())
+        return window
+
+    window.problems.clear()
+    yield opened
+    window.run("0")
+    assert window.problems == []
