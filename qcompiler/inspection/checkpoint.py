@@ -9,7 +9,7 @@ from pathlib import Path
 from qcompiler.emit.schema import QUANT_METHOD
 from qcompiler.errors import QCompilerError
 from qcompiler.inspection.build import build_groups, build_nodes, model_facts, verdicts_of
-from qcompiler.inspection.document import Document, NoteText, PassRun, PipelineFacts
+from qcompiler.inspection.document import Document, NoteText, PassRun, PipelineFacts, Work
 from qcompiler.inspection.ledger import folder_bytes, stored_ledger
 from qcompiler.ir.annotations import Leaf, LeafKind, Role, get_quant, need, scheme_of
 from qcompiler.ir.fx import Node
@@ -158,4 +158,12 @@ def _facts(pipeline: Pipeline, provenance: Provenance) -> PipelineFacts:
     for name, item in zip(told_apart(pipeline), pipeline.flat(), strict=True):
         stage = item.ensures if item.ensures is not None else stage
         runs.append(PassRun(name=name, stage=str(stage), seconds=provenance.timings.passes.get(item.name)))
-    return PipelineFacts(name=pipeline.name, text=provenance.pipeline or "", passes=tuple(runs), after=runs[-1].name)
+    known = {"capture", *(item.name for item in pipeline.flat())}
+    shared = [Work(what=what, seconds=spent) for what, spent in provenance.timings.passes.items() if what not in known]
+    return PipelineFacts(
+        name=pipeline.name,
+        text=provenance.pipeline or "",
+        passes=tuple(runs),
+        streaming=tuple(shared),
+        after=runs[-1].name,
+    )

@@ -44,12 +44,23 @@ class PassRun(_Data):
     seconds: float | None = None
 
 
+class Work(_Data):
+    """A kind of work, and its seconds in all."""
+
+    what: str
+    seconds: float
+
+
 class PipelineFacts(_Data):
-    """The pipeline as YAML, its passes in order, and the last that ran before this was read: `capture`, or a pass."""
+    """The pipeline as YAML, its passes in order, and the last that ran before this was read: `capture`, or a pass.
+
+    `streaming` is the work that several passes share while weights are streamed.
+    """
 
     name: str
     text: str
     passes: tuple[PassRun, ...]
+    streaming: tuple[Work, ...] = ()
     after: str
 
 

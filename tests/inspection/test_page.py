@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from qcompiler.cli.commands import app
 from qcompiler.errors import ConfigError
-from qcompiler.inspection.document import Document, LedgerEntry
+from qcompiler.inspection.document import Document, LedgerEntry, Measures
 from qcompiler.inspection.page import render_page, write_page
 from qcompiler.inspection.page.data import column_of, page_data
 from tests.inspection.documents import decoder
@@ -50,6 +50,19 @@ class Elements(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._inside:
             self.text[-1] += data
+
+    def rows(self, table: str) -> list[list[str]]:
+        """The cells of each row in the body of the table of this id."""
+        start = next(place for place, (_, facts) in enumerate(self.found) if facts.get("id") == table)
+        rows: list[list[str]] = []
+        for (tag, _), text in zip(self.found[start + 1 :], self.text[start + 1 :], strict=True):
+            if tag == "tr":
+                rows.append([])
+            elif tag in ("th", "td") and rows:
+                rows[-1].append(text.strip())
+            elif tag == "p":
+                break
+        return rows[1:]
 
     def of(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
         return [(facts, text) for (name, facts), text in zip(self.found, self.text, strict=True) if name == tag]
@@ -146,6 +159,51 @@ def test_a_column_is_the_path_below_the_layer_without_its_numbers(
     path: str, layer: int, expected: tuple[str, str]
 ) -> None:
     assert column_of(path, layer) == expected
+
+
+def test_a_folder_is_called_by_its_own_name_and_a_model_of_a_hub_by_both() -> None:
+    for name, title in (("/home/me/models/tiny-int4", "tiny-int4"), ("org/tiny", "org/tiny"), ("./out", "out")):
+        elements = Elements(render_page(decoder(1, name=name)))
+        assert elements.of("h1")[0][1] == title
+        assert elements.of("title")[0][1].startswith(f"{title} ")
+
+
+def test_the_largest_errors_are_listed_by_those_of_outputs_where_they_are_known(stored: Document) -> None:
+    errors = {n.path: n.measures.error for n in stored.listed if n.measures and n.measures.error is not None}
+    worst = sorted(errors, key=lambda path: -errors[path])[:5]
+    rows = Elements(render_page(stored)).rows("worst")
+    assert [(row[0], row[-1]) for row in rows] == [(path, f"{errors[path]:.2e}") for path in worst]
+
+    def measured(error: float | None) -> Document:
+        """The same; the smaller the error of a weight, the larger that of its output."""
+        nodes = []
+        for node in stored.nodes:
+            of_weight = errors.get(node.path or "")
+            known = Measures(error=of_weight, output_error=error / of_weight) if of_weight and error else None
+            nodes.append(node.model_copy(update={"measures": known}))
+        return Document(**{name: getattr(stored, name) for name in Document.model_fields} | {"nodes": tuple(nodes)})
+
+    best = sorted(errors, key=lambda path: errors[path])[:5]
+    rows = Elements(render_page(measured(1e-3))).rows("worst")
+    assert [(row[0], row[-1]) for row in rows] == [(path, f"{1e-3 / errors[path]:.2e}") for path in best]
+    assert "Largest errors" not in render_page(measured(None))
+
+
+def test_bits_per_weight_are_those_of_all_weights_together(stored: Document) -> None:
+    known = [(node.bits_per_weight or 0, node.parameters or 0) for node in stored.listed]
+    mean = sum(bits * count for bits, count in known) / sum(count for _, count in known)
+    assert f"<dt>bits per weight, mean</dt><dd>{mean:.2f}</dd>" in render_page(stored)
+
+
+def test_the_time_of_what_passes_do_together_is_shown(stored: Document, compiled: str) -> None:
+    told = json.loads((Path(compiled) / "qcompiler.json").read_text(encoding="utf-8"))["timings"]["passes"]
+    assert stored.pipeline is not None
+    assert {run.name for run in stored.pipeline.passes} | {work.what for work in stored.pipeline.streaming} == (
+        told.keys() - {"capture"}
+    )
+    page = render_page(stored)
+    for work in stored.pipeline.streaming:
+        assert f'<th scope="row">{work.what}</th><td class="words">while weights are streamed</td>' in page
 
 
 def test_the_ledger_adds_up_or_says_what_is_missing(page: str) -> None:

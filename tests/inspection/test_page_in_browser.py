@@ -149,6 +149,28 @@ def test_the_drawing_zooms_and_is_walked_by_keys(show: Show) -> None:
     assert page.run(scale) == 1
 
 
+def test_the_largest_errors_lead_to_their_weights(show: Show, stored: Document) -> None:
+    page = show(stored)
+    path = text(page, "#worst tbody th")
+    page.click("#worst tbody button")
+    assert text(page, "#details-title") == path
+    assert focused(page) == "details-title"
+    page.press("Escape")
+    assert text(page, "#worst tbody tr:first-child button:focus") == path
+
+
+def test_a_drawing_in_a_narrow_window_is_scrolled_not_shrunk_to_nothing(show: Show) -> None:
+    page = show(decoder(3))
+    page.send("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=False)
+    try:
+        page.click("#fit")
+        sizes = "((svg) => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)"
+        assert page.run(f"{sizes}(document.querySelector('#drawing'))") >= 0.65
+        assert page.run("document.documentElement.scrollWidth") <= 400
+    finally:
+        page.send("Emulation.clearDeviceMetricsOverride")
+
+
 def test_a_compiled_checkpoint_tells_its_rules_groups_and_errors(show: Show, stored: Document) -> None:
     page = show(stored)
     last = next(node for node in stored.listed if node.structure == "mlp-output" and node.layer == 3)

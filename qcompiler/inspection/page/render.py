@@ -15,11 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qcompiler.errors import ConfigError
-from qcompiler.inspection.document import Document
+from qcompiler.inspection.document import Document, Measures, Node
 from qcompiler.inspection.page.data import page_data
 from qcompiler.show import human
 
 _FOLDER = files("qcompiler.inspection.page")
+_WORST = 5
 _SCRIPTS = ("model.js", "grid.js", "graph.js", "details.js", "search.js", "main.js")
 
 
@@ -64,13 +65,22 @@ def render_page(document: Document) -> str:
     style = _source("page.css")
     ledger = _shares([(entry.what, entry.bytes, entry.where) for entry in document.ledger])
     passes = document.pipeline.passes if document.pipeline else ()
+    streaming = document.pipeline.streaming if document.pipeline else ()
     return environment.get_template("page.html").render(
         document=document,
         data=page_data(document),
         listed=document.listed,
         ledger=ledger,
         ledger_bytes=sum(entry.bytes for entry in document.ledger),
-        timings=_shares([(run.name, run.seconds or 0.0, run.stage) for run in passes]),
+        timings=_shares(
+            [
+                *((run.name, run.seconds or 0.0, run.stage) for run in passes),
+                *((work.what, work.seconds, "") for work in streaming),
+            ]
+        ),
+        title=_title(document.model.name),
+        bits=_mean_bits(document.listed),
+        worst=_worst(document.listed),
         libraries=libraries,
         scripts=scripts,
         script_hashes=[_hash(script) for script in scripts],
@@ -86,6 +96,29 @@ def write_page(document: Document, file: Path) -> None:
         file.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}", hint="choose another file") from error
+
+
+def _title(name: str) -> str:
+    """A model's name; of a folder, its own: what lies above it says nothing to whom the page is shared with."""
+    return (Path(name).name or name) if name.startswith(("/", ".", "~")) else name
+
+
+def _mean_bits(listed: Sequence[Node]) -> float | None:
+    """Bits per weight of all that is listed, large ones counting as much more as they have weights."""
+    known = [(node.bits_per_weight, node.parameters) for node in listed if node.bits_per_weight and node.parameters]
+    weights = sum(count for _, count in known)
+    return sum(bits * count for bits, count in known) / weights if weights else None
+
+
+def _worst(listed: Sequence[Node]) -> list[tuple[Node, Measures]]:
+    """The weights with the largest errors: of outputs where those were measured, else of themselves."""
+    measured = [(node, node.measures) for node in listed if node.measures is not None and node.measures.error]
+    by_output = any(measures.output_error is not None for _, measures in measured)
+
+    def error(pair: tuple[Node, Measures]) -> float:
+        return (pair[1].output_error if by_output else pair[1].error) or 0.0
+
+    return sorted(measured, key=error, reverse=True)[:_WORST]
 
 
 def _shares(parts: Sequence[tuple[str, float, str]]) -> list[Share]:

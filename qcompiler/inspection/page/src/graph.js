@@ -209,7 +209,10 @@ class Drawing {
     this.zoom = d3
       .zoom()
       .scaleExtent([0.1, 4])
-      .filter((event) => (event.type === 'wheel' ? event.ctrlKey || event.metaKey : !event.button))
+      .filter((event) => {
+        if (event.type === 'wheel') return event.ctrlKey || event.metaKey;
+        return event.touches ? event.touches.length > 1 : !event.button; // one finger scrolls
+      })
       .on('zoom', (event) => this.canvas.attr('transform', event.transform));
     this.svg.call(this.zoom).on('dblclick.zoom', null);
     new ResizeObserver(() => this.frame()).observe(svg);
@@ -400,6 +403,9 @@ class Drawing {
   /** The view's own size is that of the drawing, or larger; the browser scales it to the room there is. */
   frame({width, height} = this.svg.node().getBoundingClientRect()) {
     if (!this.size) return;
+    const frame = this.svg.node().parentElement;
+    frame.style.setProperty('--across', `${this.size.width}px`);
+    frame.style.setProperty('--down', `${this.size.height}px`);
     const [across, down] = [Math.max(width, this.size.width), Math.max(height, this.size.height)];
     const [left, above] = [(this.size.width - across) / 2, (this.size.height - down) / 2];
     this.svg.attr('viewBox', [left, above, across, down].map(Math.round).join(' '));

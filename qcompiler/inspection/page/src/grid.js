@@ -2,8 +2,8 @@
 
 const METRICS = {
   scheme: {label: 'Scheme'},
-  error: {label: 'Weight error', words: '‖W − Q‖² / ‖W‖²'},
-  output_error: {label: 'Output error', words: '‖(W − Q) X‖² / ‖W X‖²'},
+  error: {label: 'Weight error', words: 'how far weights are from what they were: ‖W − Q‖² / ‖W‖²; smaller is better'},
+  output_error: {label: 'Output error', words: 'how far outputs are from what they were, on the calibration data: ‖(W − Q) X‖² / ‖W X‖²; smaller is better'},
   bits_per_weight: {label: 'Bits per weight', words: 'bits per weight, scales and zero points included'},
 };
 const STEPS = 5;

@@ -117,6 +117,14 @@ function start() {
   });
   drawGrid();
 
+  // The weights with the largest errors lead to their details.
+  for (const head of document.querySelectorAll('#worst tbody th')) {
+    const path = head.textContent;
+    const button = h('button', {type: 'button', class: 'link'}, path);
+    button.addEventListener('click', () => open(model.weighted.find((node) => model.get(node, 'path') === path), true));
+    head.replaceChildren(button);
+  }
+
   // The drawing of one block.
   const partitions = [...new Set(model.where(() => true).map((node) => model.get(node, 'partition')))].filter(
     (name) => name !== null,
@@ -129,6 +137,7 @@ function start() {
     if (!partitions.length) return;
     const drawn = drawing.draw(new Block(model, chooser.value, find('every').checked));
     find('not-drawn').hidden = drawn;
+    find('block-title').dataset.block = chooser.value;
     const order = [...drawing.block.boxes.keys()];
     const groups = drawing.block.groups().sort((a, b) => order.indexOf(a.members[0]) - order.indexOf(b.members[0]));
     const lists = groups.map((group) => {
