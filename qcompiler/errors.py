@@ -54,3 +54,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known words, or an empty string."""
     near = get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """Without what would move a terminal's cursor or break a stream: names in files are whatever their writer liked."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -41,9 +41,9 @@ class Pattern:
             )
         try:
             self._compiled = regex.compile(target.removeprefix(REGEX_PREFIX))
-        except regex.error as error:
+        except (regex.error, RecursionError, OverflowError) as error:
             raise PatternError(
-                f"target {target!r} is not a regular expression: {error}",
+                f"target {target[:200]!r} is not a regular expression: {type(error).__name__}: {error}",
                 hint=f"targets that start with {REGEX_PREFIX!r} are regular expressions; escape dots and brackets",
             ) from None
 

@@ -23,7 +23,7 @@ _MAX_EXPERTS = 4096  # that a config may claim, whatever the files hold
 _MAX_LAYERS = 512  # a graph of more takes minutes; the deepest models have a quarter of that
 _MAX_SIZE = 1 << 20  # of a dimension, whatever the files hold: tables of that many entries are made in no time
 _MAX_GROUPS = 10_000
-_MAX_EXPRESSIONS = 1 << 20  # characters; compiling them takes seconds
+_MAX_EXPRESSIONS = 4096  # regular expressions, and a MiB of them; compiling them takes seconds
 _EXPERTS = re.compile(r"(num|n)_.*experts")
 _LAYERS = re.compile(r"(num|n)_.*layers|n_layer")
 _SIZES = re.compile(r"(.*_)?(size|dim)|n_(embd|inner)")
@@ -161,9 +161,9 @@ def _check_form(quantization: Mapping[str, Any], file: Path) -> None:
             f"{file}: {len(groups)} config_groups; at most {_MAX_GROUPS} are read", hint="do not trust this checkpoint"
         )
     expressions = [entry for entries in lists for entry in entries if entry.startswith(REGEX_PREFIX)]
-    if (length := sum(map(len, expressions))) > _MAX_EXPRESSIONS:
+    if len(expressions) > _MAX_EXPRESSIONS or sum(map(len, expressions)) > 1 << 20:
         raise CheckpointError(
-            f"{file}: regular expressions of {length} characters; at most {_MAX_EXPRESSIONS} are read",
+            f"{file}: {len(expressions)} regular expressions; at most {_MAX_EXPRESSIONS} are read, and a MiB of them",
             hint="do not trust this checkpoint, or name the linears exactly",
         )
 

@@ -15,6 +15,7 @@ from qcompiler.errors import ConfigError
 from qcompiler.expressions import REGEX_PREFIX, Pattern, PatternError
 from qcompiler.scheme import Format, KVCacheSpec, Scheme, Strategy
 
+_MAX_BITS = 16  # of a code that any loader unpacks
 _STORED = frozenset(str(format) for format in Format if format not in (Format.MIXED_PRECISION, "dense"))
 """Formats that say how the tensors of a group are stored."""
 _ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED, Format.NVFP4)
@@ -55,6 +56,9 @@ def read_config_groups(quantization: Mapping[str, Any]) -> tuple[Config, list[Fi
         raw_groups[name] = {**written, "targets": targets}
         findings += [*refused, *bad]
         if written:
+            if not 0 < (written.get("weights") or {}).get("num_bits", 8) <= _MAX_BITS:
+                findings.append(_refused(f"group {name} has num_bits for which there are no codes", *ALL))
+                continue
             try:
                 groups[name] = _group(name, written, quantization)
             except ConfigError as error:

@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
         prefix_differs="tensors with a prefix of names that Transformers adds or drops, and vLLM does not",
         cache_scale_form="a scale of the KV cache of another shape or dtype than its strategy has",
         groups_empty="`config_groups` is empty: Transformers raises",
+        layer_unknown="tensors of a layer beyond those that config.json counts: vLLM raises, Transformers drops it",
         model_invalid="Transformers refuses what config.json says of the model",
         group_invalid="a group that a loader refuses: unknown keys, impossible values",
         target_invalid="a target that is no regular expression",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from qcompiler.tensors import Spec
 
 _FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _SIZES = frozenset({torch.int64, torch.int32})
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _AGAIN = "write the checkpoint again with the tool that made it"
 
 
@@ -72,6 +74,8 @@ class Stored:
                 )
             else:
                 yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", _AGAIN)
+        elif not {"weight", "weight_packed"} & parts.keys():
+            yield Finding.of("tensor-missing", name, ALL, "it has scales, and no file holds its codes", _AGAIN)
         else:
             wanted = self._wanted(linear, meaning, meaning.format)
             differences = [] if wanted is None else self._differences(linear, wanted)
@@ -110,7 +114,12 @@ class Stored:
             yield Finding.of(
                 "prefix-differs", MODEL, ("vllm", "sglang"), message, "rename the tensors as the model has them"
             )
+        usual = {_INDEX.sub("*", key) for key in known.dense}
         for key in known.unknown:
+            if _INDEX.search(key) and _INDEX.sub("*", key) in usual:
+                message = "config.json counts fewer layers: vLLM raises, Transformers computes without this one"
+                yield Finding.of("layer-unknown", key, ALL, message, "correct num_hidden_layers in config.json")
+                continue
             message = "the model has no place for it: Transformers ignores it, vLLM may raise"
             yield Finding.of("tensor-unknown", key, ("vllm",), message, "remove the tensor, or correct config.json")
         on_disk = {linear.name for linear in known.linears}

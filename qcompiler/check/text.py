@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from rich.text import Text
 
 from qcompiler.check.findings import CheckReport, Finding, Severity
+from qcompiler.errors import printable
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _COUNT = re.compile(r"(?<![\w/.])\d+(?![\w/])")  # not the numbers of `w:int4/g128`
+_BLOCKS = 20  # of one code that are printed; the others are counted
 _PLACES = 8  # that are named; the others are counted
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 _PLURALS = {Severity.ERROR: "errors", Severity.WARNING: "warnings", Severity.INFO: "infos"}
@@ -19,8 +21,17 @@ _PLURALS = {Severity.ERROR: "errors", Severity.WARNING: "warnings", Severity.INF
 def report_lines(report: CheckReport, width: int | None = None) -> list[Text]:
     """The findings, alike ones together; then a line that sums up. width: to wrap at, in columns; None: do not."""
     lines: list[Text] = []
+    told: dict[str, list[Finding]] = {}
     for alike in _folded(report.findings):
-        lines += _block(alike, width)
+        first = alike[0]
+        blocks = told.setdefault(first.code, [])
+        blocks.append(first)
+        if len(blocks) <= _BLOCKS:
+            lines += _block(alike, width)
+    for code, blocks in told.items():
+        if len(blocks) > _BLOCKS:
+            text = f"{blocks[0].severity}: {code}: {len(blocks) - _BLOCKS} more kinds of it; `--json` has them all"
+            lines += _wrapped(Text(text), width, hang=2)
     return [*lines, *_wrapped(_summary(report), width, hang=2)]
 
 
@@ -31,8 +42,8 @@ def _block(alike: Sequence[Finding], width: int | None) -> Iterator[Text]:
     yield from _wrapped(head, width, hang=4)
     same = len({_INDEX.sub("*", f.message.replace(f.layer, "*")) for f in alike}) == 1
     others = "" if same else f" (so {first.layer}; other numbers elsewhere)"
-    yield from _wrapped(Text(f"  {_printable(first.message)}{_printable(others)}"), width, hang=4)
-    yield from _wrapped(Text.assemble("  ", ("mend:", "bold"), f" {_printable(first.mend)}"), width, hang=4)
+    yield from _wrapped(Text(f"  {printable(first.message)}{printable(others)}"), width, hang=4)
+    yield from _wrapped(Text.assemble("  ", ("mend:", "bold"), f" {printable(first.mend)}"), width, hang=4)
 
 
 def _folded(findings: Sequence[Finding]) -> list[list[Finding]]:
@@ -57,7 +68,7 @@ def _places(alike: Sequence[Finding]) -> str:
         place += f"{{{','.join(leaves)}}}" if len(leaves) > 1 else next(iter(leaves))
         named.append(f"{place} ({len(layers)})" if len(layers) > 1 else layers[0])
     more = f" and {len(named) - _PLACES} more" if len(named) > _PLACES else ""
-    return _printable(", ".join(named[:_PLACES]) + more)
+    return printable(", ".join(named[:_PLACES]) + more)
 
 
 def _summary(report: CheckReport) -> Text:
@@ -69,7 +80,7 @@ def _summary(report: CheckReport) -> Text:
             counts += [", ", told] if counts else [told]
     judged = f"for {report.target}" if report.target else "for vLLM, Transformers and SGLang"
     return Text.assemble(
-        (_printable(str(report.checkpoint)), "bold"),
+        (printable(str(report.checkpoint)), "bold"),
         ": ",
         *(counts or [("no findings", "green")]),
         f"; {report.quantized} of {report.linears} linears are quantized, {report.scales} scales were read, judged "
@@ -94,8 +105,3 @@ def _wrapped(line: Text, width: int | None, hang: int) -> Iterator[Text]:
         yield Text(" " * indent) + line[start:cut]
         start, indent = cut + 1, hang
     yield Text(" " * indent) + line[start:]
-
-
-def _printable(text: str) -> str:
-    """Without what would move a terminal's cursor or break a stream: names are whatever the files' writer liked."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -23,6 +23,7 @@ _MAX_INDEX = 100_000_000  # bytes; the index of a 700B mixture of experts takes 
 _CHUNK = 16 << 20  # bytes in flight while copying
 _SAMPLES = 8  # places in each tensor that its fingerprint sees, from the first byte to the last
 _SAMPLE = 512  # bytes at each
+_PLAIN_NAME = re.compile(r"[^/\\\0]{1,243}\.safetensors")  # 255 bytes are the longest that file systems take
 _PICKLED = re.compile(r"(pytorch_model|model|consolidated)\b.*\.(bin|pt|pth|ckpt)(\.index\.json)?")
 """Weights as they are pickled: `pytorch_model-00001-of-00002.bin`. Not `training_args.bin`, not `optimizer.pt`."""
 
@@ -238,7 +239,7 @@ def read_index(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file}: it has no weight_map", hint="download the file again")
     for key, name in weight_map.items():
         # Only the name is judged: the file itself may be a link, as all files are in the hub's cache.
-        if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
             raise CheckpointError(
                 f"{file}: tensor {key!r} is said to be in {str(name)[:200]!r}, which is not the plain name of a "
                 "safetensors file in the same folder",

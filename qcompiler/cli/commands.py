@@ -27,7 +27,7 @@ from qcompiler.cli.options import (
     TrustOption,
 )
 from qcompiler.cli.streams import print_json, print_result, progress_bar, quiet_libraries
-from qcompiler.errors import QCompilerError
+from qcompiler.errors import QCompilerError, printable
 from qcompiler.requirements import check_transformers
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run() -> None:
             check_transformers()
             app(prog_name="qcompiler")
         except QCompilerError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("\n".join(map(printable, f"error: {error}".split("\n"))), file=sys.stderr)
             sys.exit(2)
 
 

@@ -116,6 +116,21 @@ def a_norm_of_integers(edited: Edited) -> None:
     edited.change("model.norm.weight", lambda weight: weight.to(torch.int8))
 
 
+@trap("packed", "layer-unknown", "model.layers.1.mlp.down_proj.weight")
+def a_layer_too_many(edited: Edited) -> None:
+    edited.tensors |= {
+        key.replace("layers.0.", "layers.1."): value.clone()
+        for key, value in edited.tensors.items()
+        if key.startswith(LAYER)
+    }
+
+
+@trap("packed", "tensor-missing", DOWN)
+def scales_without_codes(edited: Edited) -> None:
+    edited.config["model_type"] = "unheard-of"  # sizes come from the tensors
+    del edited.tensors[f"{DOWN}.weight_packed"], edited.tensors[f"{DOWN}.weight_shape"]
+
+
 @trap("packed", "prefix-differs", loaders=("vllm", "sglang"))
 def one_prefix_too_many(edited: Edited) -> None:
     edited.tensors = {f"model.{key}" if DOWN in key else key: value for key, value in edited.tensors.items()}

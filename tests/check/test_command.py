@@ -148,6 +148,12 @@ def test_many_places_are_counted() -> None:
     assert lines[0].endswith("part7.up and 12 more [vllm]")
 
 
+def test_kinds_without_end_are_counted() -> None:
+    lines = text(report(*(finding("(model)", f"'name{n}x' is not there") for n in range(900))))
+    assert len(lines) == 62
+    assert lines[-2] == "error: tensor-shape: 880 more kinds of it; `--json` has them all"
+
+
 def test_schemes_are_no_counts() -> None:
     findings = [finding("a.up", "it is w:int4/g128"), finding("a.down", "it is w:int8/g128")]
     assert len(text(report(*findings))) == 7

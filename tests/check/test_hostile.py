@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,17 @@ def test_headers_that_lie(data: bytes, says: str, folder: Path, refused: Refused
     refused(folder, ["model.safetensors", says])
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..\\a.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a" * 5000 + ".safetensors",
+        "a\0.safetensors",
+        "../outside.safetensors",
+        "/etc/passwd",
+        "sub/a.safetensors",
+        "..\\a.safetensors",
+    ],
+)
 def test_an_index_that_leaves_the_folder(name: str, folder: Path, refused: Refused) -> None:
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
@@ -80,6 +91,7 @@ def test_an_index_that_leaves_the_folder(name: str, folder: Path, refused: Refus
 @pytest.mark.parametrize(
     ("expression", "says"),
     [
+        ("re:" + "|".join(f"a{n}b" for n in range(200_000)), "regular expressions; at most"),
         (r"re:([\w.]|[\w.][\w.])*[^\w.]$", "did not finish"),
         ("re:((a{1,1000}){1,1000}){1,1000}", "repeats parts of itself"),
     ],
@@ -123,6 +135,56 @@ def test_expressions_that_are_slow_together(
 def test_configs_that_are_none(text: str, says: str | None, folder: Path, refused: Refused) -> None:
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refused(folder, ["config.json", says or "is not JSON"])
+
+
+def test_expressions_that_no_parser_ends_are_a_finding(base: Base, tmp_path: Path, run: Callable[..., Any]) -> None:
+    edited = base("packed")
+    edited.quantization["ignore"].append("re:" + "(" * 100_000 + ")" * 100_000)
+    ran = run("check", edited.write(tmp_path / "hostile"))
+    assert (ran.code, ran.err) == (1, "")
+    assert "error: target-invalid" in ran.out
+
+
+def test_more_expressions_than_anyone_writes(base: Base, tmp_path: Path, refused: Refused) -> None:
+    edited = base("packed")
+    edited.quantization["ignore"] += [rf"re:.*a{n}(b|c)*d$" for n in range(50_000)]
+    refused(edited.write(tmp_path / "hostile"), ["50007 regular expressions"])
+
+
+def test_more_groups_than_anyone_writes(base: Base, tmp_path: Path, refused: Refused) -> None:
+    edited = base("packed")
+    edited.groups.update({f"W{n}": ["x"] for n in range(50_000)})
+    refused(edited.write(tmp_path / "hostile"), ["50001 config_groups"])
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '"ab"'])
+@pytest.mark.parametrize("place", ["config.json", "model.safetensors"])
+def test_more_values_than_there_is_memory_for(value: str, place: str, folder: Path, refused: Refused) -> None:
+    text = b'{"a":[' + f"{value},".encode() * 5_100_000 + b"0]}"
+    (folder / place).write_bytes(text if place == "config.json" else len(text).to_bytes(8, "little") + text)
+    refused(folder, [place, "holds more than 5000000 values"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("target", ["/dev/zero", "/proc/self/status", None])
+def test_what_is_no_file_is_not_read(name: str, target: str | None, folder: Path, refused: Refused) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    if target is None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+    refused(folder, ["hostile"])
+
+
+def test_errors_move_no_cursor(folder: Path, run: Callable[..., Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "\x1b[2J.safetensors"}}))
+    ran = run("check", folder)
+    assert ran.code == 2
+    assert r"\x1b[2J.safetensors: the shard is missing" in ran.err
+    assert all(line.isprintable() for line in ran.err.splitlines())
 
 
 def test_a_giant_config_is_not_read(folder: Path, refused: Refused) -> None:

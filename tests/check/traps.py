@@ -238,6 +238,11 @@ def an_unknown_key_in_its_numbers(edited: Edited) -> None:
     edited.group()["weights"]["comment"] = "four bits"
 
 
+@trap("packed", "group-invalid")
+def weights_of_no_bits(edited: Edited) -> None:
+    edited.group()["weights"]["num_bits"] = 0
+
+
 @trap("mixed", "group-invalid")
 def activations_per_token_that_are_static(edited: Edited) -> None:
     edited.group("group_1")["input_activations"] |= {"strategy": "token", "dynamic": "local"}
