@@ -6,7 +6,7 @@ import copy
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -139,11 +139,39 @@ def survey(
 
 
 @contextmanager
+def survey_each(
+    model: ModelLike,
+    pipelines: Sequence[PipelineLike],
+    *,
+    target: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    independent: bool = False,
+) -> Iterator[Iterator[tuple[Context, Graph, Pipeline]]]:
+    """What `survey` gives for each of several pipelines, one after the other, the model captured once."""
+    requests = [
+        _Request(
+            *(model, load_pipeline(pipeline), None, target, dtype, revision, trust_remote_code),
+            *(independent, None, _silent),
+        )
+        for pipeline in pipelines
+    ]
+    for request in requests:
+        _check(request)
+    with _open(requests[0], reads_weights=False) as source:
+        if source.has_weights:
+            source.check_weights()
+        captured = _capture(requests[0], source)
+        yield (_prepare(request, source, replace(captured, graph=captured.graph.copy())) for request in requests)
+
+
+@contextmanager
 def _planned(request: _Request, visit: Visitor) -> Iterator[tuple[Context, Graph, Pipeline]]:
     with _open(request, reads_weights=False) as source:
         if source.has_weights:
             source.check_weights()
-        yield _prepare(request, source, visit)
+        yield _prepare(request, source, _capture(request, source), visit)
 
 
 def compile(
@@ -192,7 +220,7 @@ def compile(
         check_apart(destination.folder, source.folder)
         source.check_weights()
         data.read_ahead(chosen, source)
-        context, graph, chosen = _prepare(request, source)
+        context, graph, chosen = _prepare(request, source, _capture(request, source))
         planned = Plan(graph, copy.deepcopy(context.report), chosen)
         context.output, context.device, context.progress = destination, where, progress
         context.provenance |= context.source.identity()
@@ -211,9 +239,7 @@ def _unseen(name: str, graph: Graph, context: Context) -> None:
 
 def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     """The model, once the request is sound in itself: a model may have to be downloaded."""
-    check_order(independent_runs(request.pipeline) if request.independent else request.pipeline)
-    if request.target is not None:
-        load_target(request.target)
+    _check(request)
     return open_model(
         request.model,
         tokenizer=request.tokenizer,
@@ -224,16 +250,38 @@ def _open(request: _Request, *, reads_weights: bool) -> ModelSource:
     )
 
 
-def _prepare(request: _Request, source: ModelSource, visit: Visitor = _unseen) -> tuple[Context, Graph, Pipeline]:
-    """Everything that needs no weight; with the pipeline as it is to run."""
-    name = str(request.model) if isinstance(request.model, (str, Path)) else f"loaded {type(request.model).__name__}"
-    report = Report(model=name, pipeline=request.pipeline.name)
+def _check(request: _Request) -> None:
+    check_order(independent_runs(request.pipeline) if request.independent else request.pipeline)
+    if request.target is not None:
+        load_target(request.target)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A captured graph, what is to be said of it, and how long that took."""
+
+    graph: Graph
+    notes: Sequence[str]
+    seconds: float
+
+
+def _capture(request: _Request, source: ModelSource) -> _Captured:
     request.progress("capture", 0, 0)
     start = perf_counter()
     graph, notes = capture_and_prove(source.model, trust_remote_code=request.trust_remote_code)
     trim_memory()
-    report.timings.append(Timing("capture", perf_counter() - start))
-    for note in (*notes, *unplaced(graph)):
+    return _Captured(graph, notes, perf_counter() - start)
+
+
+def _prepare(
+    request: _Request, source: ModelSource, captured: _Captured, visit: Visitor = _unseen
+) -> tuple[Context, Graph, Pipeline]:
+    """Everything that needs no weight; with the pipeline as it is to run."""
+    graph = captured.graph
+    name = str(request.model) if isinstance(request.model, (str, Path)) else f"loaded {type(request.model).__name__}"
+    report = Report(model=name, pipeline=request.pipeline.name)
+    report.timings.append(Timing("capture", captured.seconds))
+    for note in (*captured.notes, *unplaced(graph)):
         report.info(note)
     context = Context(source, report, target=request.target)
     visit("capture", graph, context)

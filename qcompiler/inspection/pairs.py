@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.inspection.document import Document
-from qcompiler.inspection.read import Options, read, read_plan, read_plans
+from qcompiler.inspection.read import Options, read, read_each, read_plans
 from qcompiler.pipeline.registry import packaged_pipelines
 
 _SUFFIXES = (".yaml", ".yml")
@@ -46,7 +46,7 @@ def read_pair(
     if common == [_PIPELINE]:
         if model is None:
             raise ConfigError("--diff of two pipelines needs a MODEL", hint="qcompiler inspect MODEL --diff P Q")
-        first, second = (read_plan(model, word, options=options) for word in words)
+        first, second = read_each(model, words, options=options)
         return first, second
     if model is not None:
         raise ConfigError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qcompiler.checkpoints.hub import resolve_model
-from qcompiler.compiler import PipelineLike, survey
+from qcompiler.compiler import PipelineLike, survey, survey_each
 from qcompiler.errors import ConfigError, LegalityError, did_you_mean
 from qcompiler.inspection.build import build_groups, build_nodes, model_facts, verdicts_of
 from qcompiler.inspection.checkpoint import is_checkpoint, read_checkpoint
@@ -99,7 +99,7 @@ def read_plans(
     """The same at several points of a pipeline, in one run of it."""
     options = options or Options()
     whole = load_pipeline(pipeline) if pipeline is not None else Pipeline("no pipeline", ())
-    names = [CAPTURE, *(name for name, _ in zip(told_apart(whole), planned(whole), strict=False))]
+    names = _points(whole)
     points = [names[-1] if after is None else _point(after, names, whole) for after in afters]
     last = max(names.index(point) for point in points)
     found: dict[str, Document] = {}
@@ -122,6 +122,26 @@ def read_plans(
         if to_the_end:  # what follows is prepared by now, and everything was reported
             found[names[-1]] = _document(graph, context, run, names[-1], options)
     return [found[point] for point in points]
+
+
+def read_each(
+    model: str | Path, pipelines: Sequence[PipelineLike], *, options: Options | None = None
+) -> list[Document]:
+    """What each pipeline would make of a model, as far as no weight is needed; the model is captured once."""
+    options, chosen = options or Options(), [load_pipeline(pipeline) for pipeline in pipelines]
+    with survey_each(
+        model,
+        chosen,
+        target=options.target,
+        dtype=options.dtype,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        independent=options.independent,
+    ) as runs:
+        return [
+            _document(graph, context, run, _points(whole)[-1], options)
+            for whole, (context, graph, run) in zip(chosen, runs, strict=True)
+        ]
 
 
 def read_graph(graph: Graph, *, name: str = "graph", target: str | None = None) -> Document:
@@ -203,6 +223,11 @@ def _point(after: str, names: Sequence[str], pipeline: Pipeline) -> str:
         f"pipeline {pipeline.name} has no pass {after!r}{did_you_mean(after, everything)}",
         hint=f"say one of {', '.join(names)}",
     )
+
+
+def _points(pipeline: Pipeline) -> list[str]:
+    """After what a pipeline can be looked at: the capture, and each pass that needs no weights."""
+    return [CAPTURE, *(name for name, _ in zip(told_apart(pipeline), planned(pipeline), strict=False))]
 
 
 def _all_names(pipeline: Pipeline) -> Iterator[str]:

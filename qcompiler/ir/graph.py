@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import Self
 
 import torch.fx
 from torch import Tensor
@@ -85,6 +87,16 @@ class Graph:
         """How many decoder layers there are."""
         layers = [role.layer for node in self.fx.nodes if (role := get(node, Role)) and role.layer is not None]
         return 1 + max(layers, default=-1)
+
+    def copy(self) -> Self:
+        """The same graph of the same model, for passes to work on: what they do to it is not done to this one."""
+        return replace(
+            self,
+            fx=deepcopy(self.fx),
+            constants=dict(self.constants),
+            buffers=dict(self.buffers),
+            like=dict(self.like),
+        )
 
     def quantize_cache(self, spec: KVCacheSpec, *, by: str) -> None:
         """Decide what the key/value cache becomes. Raises `RuleError` where an earlier pass decided otherwise."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from qcompiler.capture import capture_and_prove
 from qcompiler.errors import CheckpointError, ConfigError
 from qcompiler.inspection.document import Document, parse_document
-from qcompiler.inspection.read import read, read_graph, read_plan
+from qcompiler.inspection.read import read, read_each, read_graph, read_plan
 from qcompiler.ir.annotations import Leaf
 from qcompiler.pipeline import Pipeline, parse_pipeline
 from qcompiler.provenance import read_provenance
@@ -143,6 +145,27 @@ def test_a_pass_that_comes_twice_must_be_told_apart() -> None:
     twice = [{"assign": {"rules": [{"select": {"name": "*"}, "scheme": "W8A16"}]}}, "assign"]
     with pytest.raises(ConfigError, match="runs assign several times\n  hint: say which: 'assign 1', 'assign 2'"):
         read_plan("/no/model", _pipeline(twice), after="assign")
+
+
+def test_pipelines_are_compared_on_one_capture_and_apart(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        captured.append(given)
+        return capture_and_prove(*given, **options)
+
+    monkeypatch.setattr("qcompiler.compiler.capture_and_prove", counted)
+    names = ("w8a8-rtn", "fp8-dynamic", "w8a8-rtn")
+    found = read_each(model, names)
+    assert len(captured) == 1
+    alone = {name: _without_times(read_plan(model, name)) for name in set(names)}
+    assert [_without_times(document) for document in found] == [alone[name] for name in names]
+
+
+def _without_times(document: Document) -> Document:
+    assert document.pipeline is not None
+    runs = tuple(run.model_copy(update={"seconds": None}) for run in document.pipeline.passes)
+    return document.model_copy(update={"pipeline": document.pipeline.model_copy(update={"passes": runs})})
 
 
 def test_no_pipeline_is_run_on_what_is_decided(compiled: str, mixed: Pipeline) -> None:
