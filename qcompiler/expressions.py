@@ -41,11 +41,10 @@ class Pattern:
             )
         try:
             self._compiled = regex.compile(target.removeprefix(REGEX_PREFIX))
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise PatternError(
-                f"target {target[:200]!r} is not a regular expression: {type(error).__name__}: {error}",
-                hint=f"targets that start with {REGEX_PREFIX!r} are regular expressions; escape dots and brackets",
-            ) from None
+        except regex.error as error:
+            raise _unreadable(target, str(error)) from None
+        except (RecursionError, OverflowError) as error:
+            raise _unreadable(target, type(error).__name__) from None
 
     def matches(self, value: str) -> bool:
         """Whether the expression matches at the start of `value` (as `re.match`).
@@ -66,3 +65,10 @@ class Pattern:
         if spent > _SLOW_SECONDS:
             self._spent += spent
         return found is not None
+
+
+def _unreadable(target: str, why: str) -> PatternError:
+    return PatternError(
+        f"target {target[:200]!r} is not a regular expression: {why}",
+        hint=f"targets that start with {REGEX_PREFIX!r} are regular expressions; escape dots and brackets",
+    )
