@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,12 +110,14 @@ def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> L
             Linear(site, replace(site, name=disk, fusion_group=None), quantizable=isinstance(module, nn.Linear))
         )
     merged = [c for c in conversions if c.converter is not None]
-    linears += _experts(checkpoint, graph, [key for c in merged for key in c.sources])
+    sources = [key for c in merged for key in c.sources]
+    linears += _experts(checkpoint, graph, sources)
     made = plain.keys() | _made(merged, state)
     shared = {path for paths in tie_classes(model) if made & set(paths) for path in paths}
     missing, _ = not_by_design(model, [path for path in state if path not in made | shared], ())
     cache = _cache_scales(graph, plain)
     _, unknown = not_by_design(model, (), [key for key in unused if key not in cache])
+    unknown += tuple(_experts_beyond(sources, {linear.name for linear in linears}))
     return Linears(
         tuple(linears),
         model.dtype,
@@ -189,6 +191,14 @@ def _experts(checkpoint: Checkpoint, graph: Graph, sources: list[str]) -> Iterat
             for leaf in sorted(blocks[block]):
                 site = _expert(checkpoint, f"{block}.{index}.{leaf}")
                 yield Linear(site, site)
+
+
+def _experts_beyond(sources: list[str], known: Collection[str]) -> Iterator[str]:
+    """Keys of experts that the config does not count."""
+    for key in sources:
+        name = key.removesuffix(".weight")
+        if EXPERT_NAME.fullmatch(name) and name not in known:
+            yield key
 
 
 def _expert(checkpoint: Checkpoint, name: str) -> Site:

@@ -136,7 +136,9 @@ class Comparison:
                 module.name,
                 wrong,
                 f"{target} takes the fused name: {does}",
-                r"anchor the expression at the dot (`re:.*\.up_proj$`), and give all shards one scheme",
+                r"anchor the expression at the dot (`re:.*\.up_proj$`), and give all shards one scheme"
+                if "vllm" in wrong
+                else f"let the expression take {', '.join(own)} too",
             )
         if len(set(own.values())) > 1:
             return Finding.of(
@@ -228,8 +230,9 @@ class Comparison:
 def _raised(verdict: Verdict, *, quantized: bool) -> Finding:
     name, error = verdict.resolution.module.name, verdict.error or ""
     if "Unable to find matching target" in error:
-        leaves = ", ".join(site.leaf for site in verdict.resolution.module.sites)
-        code, mend = "target-missing", f"add {leaves} to a target" if quantized else f"add {name} to ignore"
+        module = verdict.resolution.module
+        taken = "`re:.*experts.*`" if module.is_expert_block else ", ".join(site.leaf for site in module.sites)
+        code, mend = "target-missing", f"add {taken} to a target" if quantized else f"add {name} to ignore"
     elif "MoE" in error:
         code, mend = "experts-differ", "give all projections of all experts of the block one scheme"
     else:

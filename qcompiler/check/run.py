@@ -72,6 +72,7 @@ def _findings(
     comparison = Comparison(config, linears.linears, verdicts, stored.fits)
     yield from comparison.findings()
     modules = {v.resolution.module.name for said in verdicts.values() for v in said}
+    modules |= {name for embedding in linears.embeddings for name in (embedding.name, embedding.path.name)}
     yield from unmatched(config, linears, frozenset(modules))
     yield from overlaps(config, comparison.agreed)
     yield from repeated(config)
@@ -99,11 +100,11 @@ def _findings(
 def _meaning(linear: Linear, verdicts: Verdicts, stored: Stored, comparison: Comparison) -> Meaning:
     """What a linear's tensors are judged by: the meaning among the loaders' that they fit, else Transformers'.
 
-    Experts have one group in Transformers, whatever their names: there the config's own words count.
+    Experts have one group in Transformers, whatever their names: there the config's own words count, then vLLM's.
     """
     said = [v for v in verdicts[linear.name] if v.error is None]
     likely = [v for v in said if stored.fits(linear, v.meaning)]
     if not likely and linear.path.kind == "experts":
-        return comparison.named(linear)
+        return comparison.named(linear) or next((v.meaning for v in said), None)
     likely += [v for v in said if v.loader == "transformers"]
     return next((verdict.meaning for verdict in [*likely, *said]), None)

@@ -15,6 +15,7 @@ from qcompiler.check.linears import Linear, Linears, stored_shape
 from qcompiler.check.loaders import Meaning
 from qcompiler.checkpoints.header import TensorMeta
 from qcompiler.checkpoints.quantized import is_dense
+from qcompiler.emit.sites import EXPERT_NAME
 from qcompiler.errors import LegalityError
 from qcompiler.formats import layout
 from qcompiler.scheme import Format, Strategy
@@ -38,6 +39,8 @@ class Stored:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, linears: Linears) -> None:
         self._checkpoint, self._config, self._linears = checkpoint, config, linears
+        self._missing = frozenset(linears.missing)
+        self._blocks = {match["block"] for module in checkpoint.parts if (match := EXPERT_NAME.fullmatch(module))}
 
     def is_quantized(self, linear: Linear) -> bool:
         """Whether a linear is stored with codes and scales."""
@@ -58,9 +61,10 @@ class Stored:
         if isinstance(meaning, str):
             return
         if meaning is None:
-            yield from self._dense(name, parts)
+            yield from self._dense(linear, parts)
         elif not self._checkpoint.is_quantized(name) and not self._has_codes(parts):
-            if "weight" in parts or linear.path.kind == "experts":
+            merged = linear.path.kind == "experts" and linear.path.expert_block not in self._blocks
+            if "weight" in parts or merged:
                 does = (
                     "Transformers and vLLM look for codes and scales that are not there: they raise, or run at random"
                 )
@@ -89,6 +93,10 @@ class Stored:
                     "raise or run at random",
                     f'write "format": "{other}" into its group',
                 )
+            elif differences and (owner := self._other_group(linear, meaning)) is not None:
+                stored = self._config.groups[owner].scheme.short
+                message = f"the config says {meaning.scheme.short}, its tensors are those of {owner} ({stored})"
+                yield Finding.of("group-disagrees", name, ALL, message, f"move it to the targets of {owner}")
             else:
                 columns = self._sizes(linear)[1]
                 yield from (_told(name, meaning, difference, columns) for difference in differences)
@@ -116,9 +124,11 @@ class Stored:
             )
         usual = {_INDEX.sub("*", key) for key in known.dense}
         for key in known.unknown:
-            if _INDEX.search(key) and _INDEX.sub("*", key) in usual:
-                message = "config.json counts fewer layers: vLLM raises, Transformers computes without this one"
-                yield Finding.of("layer-unknown", key, ALL, message, "correct num_hidden_layers in config.json")
+            expert = EXPERT_NAME.fullmatch(key.removesuffix(".weight"))
+            if expert or (_INDEX.search(key) and _INDEX.sub("*", key) in usual):
+                what = "experts" if expert else "layers"
+                message = f"config.json counts fewer {what}: vLLM raises, Transformers drops this one or raises"
+                yield Finding.of("layer-unknown", key, ALL, message, f"correct the number of {what} in config.json")
                 continue
             message = "the model has no place for it: Transformers ignores it, vLLM may raise"
             yield Finding.of("tensor-unknown", key, ("vllm",), message, "remove the tensor, or correct config.json")
@@ -162,7 +172,10 @@ class Stored:
             return shape[1:] == (1, 1) and (not isinstance(heads, int) or shape[0] == heads)
         return shape in ((), (1,))
 
-    def _dense(self, name: str, parts: Mapping[str, TensorMeta]) -> Iterator[Finding]:
+    def _dense(self, linear: Linear, parts: Mapping[str, TensorMeta]) -> Iterator[Finding]:
+        name = linear.name
+        if f"{linear.path.name}.weight" in self._missing:
+            yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", _AGAIN)
         if self._checkpoint.is_quantized(name):
             yield Finding.of(
                 "stored-quantized",
@@ -196,6 +209,10 @@ class Stored:
         names = sorted(wanted.keys() | parts.keys())
         all_ = (_Difference(part, parts.get(part), wanted.get(part)) for part in names)
         return [d for d in all_ if d.found is None or d.wanted is None or not _alike(d.part, d.found, d.wanted)]
+
+    def _other_group(self, linear: Linear, group: Group) -> str | None:
+        others = ((name, other) for name, other in self._config.groups.items() if other != group)
+        return next((name for name, other in others if self.fits(linear, other)), None)
 
     def _other_format(self, linear: Linear, group: Group) -> Format | None:
         for format in (group.scheme.format, Format.PACK_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED):

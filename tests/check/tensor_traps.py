@@ -6,7 +6,7 @@ import torch
 
 from qcompiler.formats.bits import unpack_words
 from tests.check.checkpoints import DOWN, GATE, GATE_UP, LAYER, OUTPUT, QUERY, UP, Edited
-from tests.check.traps import EXPERTS, TRAPS, VLLM_LIKE, give_zero_points, named, trap
+from tests.check.traps import EXPERTS, TRAPS, VLLM_LIKE, give_zero_points, make_dense, named, trap
 
 __all__ = ["TRAPS"]  # all: these, and those of `tests.check.traps`
 
@@ -125,6 +125,17 @@ def a_layer_too_many(edited: Edited) -> None:
     }
 
 
+@trap("packed", "tensor-missing", "lm_head")
+def no_head(edited: Edited) -> None:
+    del edited.tensors["lm_head.weight"]
+
+
+@trap("mixed", "group-disagrees", GATE)
+def groups_of_each_others_layers(edited: Edited) -> None:
+    first, second = edited.group("group_0"), edited.group("group_1")
+    first["targets"], second["targets"] = second["targets"], first["targets"]
+
+
 @trap("packed", "tensor-missing", DOWN)
 def scales_without_codes(edited: Edited) -> None:
     edited.config["model_type"] = "unheard-of"  # sizes come from the tensors
@@ -228,3 +239,38 @@ def give_experts_zero_points(edited: Edited, *projections: str) -> None:
         name = key.removesuffix(".weight_packed")
         if name != key and name.endswith(projections):
             give_zero_points(edited, name)
+
+
+@trap("mixture", "tensor-missing", f"{EXPERTS}.1.w2")
+def an_expert_without_one_projection(edited: Edited) -> None:
+    drop_expert(edited, "1.w2")
+
+
+@trap("mixture", "tensor-missing", f"{EXPERTS}.1.w2")
+def an_expert_without_scales(edited: Edited) -> None:
+    del edited.tensors[f"{EXPERTS}.1.w2.weight_scale"]
+
+
+@trap("mixture", "stored-dense", f"{EXPERTS}.1.w1")
+def one_projection_that_is_dense(edited: Edited) -> None:
+    make_dense(edited, f"{EXPERTS}.1.w1")
+    edited.quantization["ignore"].append(f"{EXPERTS}.1.w1")
+
+
+@trap("mixture", "layer-unknown", f"{EXPERTS}.9.w2.weight")
+def more_experts_than_the_config_counts(edited: Edited) -> None:
+    edited.tensors |= {
+        key.replace("experts.1.", "experts.9."): value.clone()
+        for key, value in edited.tensors.items()
+        if "experts.1." in key
+    }
+
+
+@trap("mixture", "target-missing", EXPERTS, ("sglang", "sglang 0.5.10"))
+def experts_by_names_that_sglang_does_not_ask_for(edited: Edited) -> None:
+    edited.group()["targets"] = [*named("q", "k", "v", "o"), r"re:.*\.w[123]$"]
+
+
+def drop_expert(edited: Edited, name: str) -> None:
+    for part in ("packed", "scale", "shape"):
+        del edited.tensors[f"{EXPERTS}.{name}.weight_{part}"]

@@ -261,3 +261,25 @@ def test_code_that_comes_along_is_not_run(base: Base, tmp_path: Path, run: Calla
     assert ran.code == 0
     assert "which is not run unasked" in ran.out
     assert not (tmp_path / "ran").exists()
+
+
+def test_more_scales_than_weights_are_not_read(base: Base, tmp_path: Path, run: Callable[..., Any]) -> None:
+    edited = base("mixed")
+    giant = {"dtype": "BF16", "shape": [1 << 33], "data_offsets": [0, 1 << 34]}
+    name = "model-00002-of-00002.safetensors"
+    keys = ["model.layers.0.mlp.down_proj.weight_scale", "model.layers.0.mlp.down_proj.input_scale"]
+    for key in keys:
+        del edited.tensors[key]
+    edited.index = dict.fromkeys(edited.tensors, "a.safetensors") | dict.fromkeys(keys, name)
+    edited.files = {"a.safetensors": edited.tensors}
+    folder = edited.write(tmp_path / "hostile")
+    (folder / "model.safetensors").unlink()
+    text = header(**{keys[0]: giant, keys[1]: {**giant, "data_offsets": [1 << 34, 1 << 35]}})
+    with (folder / name).open("wb") as file:
+        file.write(text)
+        file.truncate(len(text) + (1 << 35))  # sparse: 32 GiB of zeros
+    start = time.process_time()
+    ran = run("check", folder)
+    assert time.process_time() - start < SECONDS
+    assert ran.code == 1, ran
+    assert "tensor-shape" in ran.out
