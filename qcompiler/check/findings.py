@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
         prefix_differs="tensors with a prefix of names that Transformers adds or drops, and vLLM does not",
         cache_scale_form="a scale of the KV cache of another shape or dtype than its strategy has",
         groups_empty="`config_groups` is empty: Transformers raises",
+        tied_quantized="a layer is stored quantized, and the config ties its weight to another: Transformers raises",
         group_disagrees="a layer is in one group, and its tensors are those of another",
         layer_unknown="tensors of a layer or expert beyond those that config.json counts",
         model_invalid="Transformers refuses what config.json says of the model",

@@ -54,7 +54,8 @@ class Linears:
     because Transformers refuses the config. mend: what to do about it. missing: dense parameters
     that no file holds, by path. unknown: keys that the model has no place for. dense: by key, what the model wants of
     tensors that are not quantized. embeddings: they may be quantized too. tied: keys of tensors that the model ties
-    and the files hold twice, the one that counts first. prefixed: keys that only Transformers finds, with their paths.
+    and the files hold twice, the one that counts first. ties: paths of
+    all parameters that it ties. prefixed: keys that only Transformers finds, with their paths.
     cache_scales: the keys of the scales that a
     quantized KV cache would have. classes: of all modules.
     """
@@ -69,6 +70,7 @@ class Linears:
     dense: Mapping[str, Spec] = field(default_factory=dict)
     embeddings: tuple[Linear, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    ties: frozenset[str] = frozenset()
     prefixed: tuple[tuple[str, str], ...] = ()
     cache_scales: tuple[str, ...] = ()
     head_sizes: tuple[int, ...] = ()
@@ -125,6 +127,7 @@ def _captured(checkpoint: Checkpoint, model: PreTrainedModel, graph: Graph) -> L
         unknown=unknown,
         dense={key: (state[path].dtype, tuple(state[path].shape)) for path, key in plain.items() if path in state},
         embeddings=tuple(_embeddings(model, plain)),
+        ties=frozenset(path for paths in tie_classes(model) for path in paths),
         tied=tuple(_held_twice(checkpoint, model, plain)),
         prefixed=tuple(_prefixed(model, plain)),
         cache_scales=cache,

@@ -58,6 +58,12 @@ class Stored:
     def findings(self, linear: Linear, meaning: Meaning) -> Iterator[Finding]:
         """What is wrong with a linear's tensors under what loaders take it for."""
         parts, name = self._checkpoint.parts.get(linear.name, {}), linear.name
+        if self._checkpoint.is_quantized(name) and f"{linear.path.name}.weight" in self._linears.ties:
+            message = (
+                "the config ties its weight to another, and it is stored quantized: Transformers raises, or drops it"
+            )
+            mend = 'write "tie_word_embeddings": false into config.json'
+            yield Finding.of("tied-quantized", name, ("transformers",), message, mend)
         if isinstance(meaning, str):
             return
         if meaning is None:

@@ -143,6 +143,18 @@ def no_format_at_all(edited: Edited) -> None:
 @trap("packed", "head-by-class", "lm_head", VLLM_LIKE)
 def a_quantized_head_that_only_a_class_takes(edited: Edited) -> None:
     edited.group()["targets"], edited.quantization["ignore"] = ["Linear"], []
+    quantize_the_head(edited)
+
+
+@trap("packed", "tied-quantized", "lm_head", ("transformers",))
+def a_quantized_head_that_is_tied(edited: Edited) -> None:
+    edited.group()["targets"].append("lm_head")
+    edited.quantization["ignore"] = []
+    quantize_the_head(edited)
+    edited.config["tie_word_embeddings"] = True
+
+
+def quantize_the_head(edited: Edited) -> None:
     del edited.tensors["lm_head.weight"]
     rows, columns = edited.config["vocab_size"], edited.config["hidden_size"]
     edited.tensors |= {
