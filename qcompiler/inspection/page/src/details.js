@@ -75,7 +75,7 @@ class Details {
     if (bytes && dense)
       put('bytes', [
         `${said('bytes', bytes)} of ${human(dense)} dense`,
-        `${(dense / bytes).toFixed(2)} times smaller`,
+        bytes < dense && `${(dense / bytes).toFixed(2)} times smaller`,
       ]);
     const [error, nearest] = [told.get('output_error'), told.get('nearest_output_error')];
     if (error && nearest)
