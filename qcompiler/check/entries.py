@@ -13,7 +13,8 @@ from qcompiler.emit.patterns import TargetList
 from qcompiler.errors import ConfigError
 from qcompiler.expressions import REGEX_PREFIX, Pattern
 
-_BUDGET = 20.0  # seconds for all expressions on all names: a thousand times what a large model takes
+_BUDGET = 20.0  # seconds for all expressions on all names, at most: a thousand times what a large model takes
+_LEAST, _EACH = 2.0, 5e-6  # seconds of it for a small model, and for each name and expression: ten times what one takes
 
 
 class Entries:
@@ -48,13 +49,14 @@ def within_budget(config: Config, linears: Linears) -> None:
     """Raise `ConfigError` where all expressions together take too long, though each alone may not."""
     names = {name for linear in linears.linears for name in (linear.name, linear.path.name)}
     patterns = [*targets_of(config).patterns, *Entries(config.raw["ignore"]).patterns]
+    budget = min(_BUDGET, _LEAST + _EACH * len(patterns) * len(names))
     start = thread_time()
     for pattern in patterns:
         for name in names:
             pattern.matches(name)
-        if thread_time() - start > _BUDGET:
+        if thread_time() - start > budget:
             raise ConfigError(
-                f"{len(patterns)} expressions on {len(names)} names take longer than {_BUDGET:g} s",
+                f"{len(patterns)} expressions on {len(names)} names take longer than {budget:.2g} s",
                 hint="do not trust this checkpoint; loaders run these expressions without a limit",
             )
 
