@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from qcompiler.numerics import QuantizedTensor, multiplied_out, nvfp4_global_sca
 from qcompiler.pipeline.base import PartitionWork
 from qcompiler.runtime.channels import ChannelStatistic
 from qcompiler.runtime.hessian import HessianStatistic
+from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.scheme import QuantSpec
 from qcompiler.transforms.awq import rescaled, search
@@ -87,6 +89,7 @@ def transform(
             rescale.transform,
             specs=[_weights_of(quants[path]) for path in rescale.asked],
             ties=ties,
+            each=partial(in_parallel, workers=work.workers),
         )
         scale, ratio = choice.scale, choice.candidate.ratio if choice.candidate else None
         result = Transformed(rescale, ratio, choice.before, choice.error)

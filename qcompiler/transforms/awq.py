@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ from qcompiler.transforms.options import AwqOptions
 from qcompiler.transforms.ties import tied_mean
 
 _SMALLEST = 1e-4  # of a scale before it is normalized, and added to the weights' part: as in AutoAWQ
-_ROWS = 1024
+# Elements that are scaled, rounded and compared at once on a CPU. Temporaries of this size stay in its cache, and the
+# allocator gives the same memory again; those several times as large take twice the time.
+_ELEMENTS = 2**19
+_ROWS = 1024  # that are multiplied by the Hessian at once
 _APART = frozenset({Strategy.CHANNEL, Strategy.GROUP})
 """Strategies where a row is rounded as it would be without the others."""
 _SAMPLED = 4
@@ -36,7 +40,17 @@ _MANY_ROWS = 512
 _FINALISTS = 3
 
 Quantize = Callable[[int, Tensor, Tensor], Tensor]
-"""(which weight, the weight scaled [O, I], the scale [I]) to that weight, rounded: float32 or the weight's dtype."""
+"""(which weight, rows of it scaled [R, I], the scale [I]) to these rows, rounded: float32 or the weight's dtype.
+
+All rows come at once, unless rows are rounded apart from one another.
+"""
+
+Each = Callable[[Callable[[Tensor], float], Sequence[Tensor]], list[float]]
+"""Computes the error of each of some scales, side by side or in turn."""
+
+
+def _in_turn(error: Callable[[Tensor], float], scales: Sequence[Tensor]) -> list[float]:
+    return [error(scale) for scale in scales]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,7 @@ def search(
     *,
     specs: Sequence[QuantSpec],
     ties: Tensor | None = None,
+    each: Each = _in_turn,
 ) -> AwqChoice:
     """The scale of the grid under which the rounded `weights` (each [O_k, I]) change the outputs least.
 
@@ -73,7 +88,7 @@ def search(
     the choice is never worse. Of bfloat16 weights, D is multiplied in bfloat16 (see `quadratic_form`). `mean_abs`
     float32 [I] is mean |X_j|, `hessian` float32 [I, I] is X^T X, `specs` are what the weights are rounded to, and
     channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32 and rounded to its dtype once, as
-    it will be when the scale is folded.
+    it will be when the scale is folded. `each` may compute errors side by side: they do not depend on one another.
 
     Raises `ValueError` where the inputs are not finite.
     """
@@ -81,23 +96,24 @@ def search(
         raise ValueError("the mean activations have NaN or infinite values")
     activations = tied_mean(mean_abs.float(), ties)
     magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
-    best, scale = None, torch.ones_like(activations)
-    error = before = _output_error(weights, scale, hessian, quantize, float("inf"))
-    candidates = _candidates(options)
-    if all(spec.strategy in _APART for spec in specs) and sum(map(len, weights)) >= _MANY_ROWS:
-        some = [_largest_rows(weight) for weight in weights]
-        errors = [
-            _output_error(some, _scale(candidate, activations, magnitudes), hessian, quantize, float("inf"))
-            for candidate in candidates
-        ]
+    if weights[0].dtype is torch.bfloat16:
+        hessian = hessian.bfloat16()  # once, and not for every few rows
+    whole = _Errors(weights, specs, hessian, quantize)
+    candidates = [(candidate, _scale(candidate, activations, magnitudes)) for candidate in _candidates(options)]
+    if whole.apart and sum(map(len, weights)) >= _MANY_ROWS:
+        some = _Errors([_largest_rows(weight) for weight in weights], specs, hessian, quantize)
+        errors = each(some.of, [scale for _, scale in candidates])
         nearest = sorted(range(len(candidates)), key=errors.__getitem__)[:_FINALISTS]
         candidates = [candidates[index] for index in nearest]
-    for candidate in candidates:
-        tried = _scale(candidate, activations, magnitudes)
-        found = _output_error(weights, tried, hessian, quantize, error)
-        if found < error:
-            best, scale, error = candidate, tried, found
-    return AwqChoice(scale, best, error, before)
+    unscaled = torch.ones_like(activations)
+    before, *errors = each(whole.of, [unscaled, *(scale for _, scale in candidates[:1])])
+    limit = min(before, *errors)  # the first is likely the best: of the others, most are seen to be worse halfway
+    errors += each(partial(whole.of, limit=limit), [scale for _, scale in candidates[1:]])
+    least = min(range(len(errors)), key=errors.__getitem__, default=None)
+    if least is None or errors[least] >= before:
+        return AwqChoice(unscaled, None, before, before)
+    candidate, scale = candidates[least]
+    return AwqChoice(scale, candidate, errors[least], before)
 
 
 def _largest_rows(weight: Tensor) -> Tensor:
@@ -149,15 +165,28 @@ def rescaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.float() * scale).to(weight.dtype)
 
 
-def _output_error(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, quantize: Quantize, limit: float) -> float:
-    """The error under `scale`; from `limit` on, some number that is not below it."""
-    total = 0.0
-    for which, weight in enumerate(weights):
-        difference = quantize(which, rescaled(weight, scale), scale).float().div_(scale).sub_(weight)
-        if weight.dtype is torch.bfloat16:
-            difference = difference.to(weight.dtype)
-        for start in range(0, len(difference), _ROWS):
-            total += quadratic_form(difference[start : start + _ROWS], hessian)
-            if total >= limit:
-                return total
-    return total
+class _Errors:
+    """Squared output errors of weights under a scale: see `search`."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], specs: Sequence[QuantSpec], hessian: Tensor, quantize: Quantize
+    ) -> None:
+        self._weights = weights
+        self._hessian = hessian
+        self._quantize = quantize
+        self.apart = all(spec.strategy in _APART for spec in specs)
+
+    def of(self, scale: Tensor, limit: float = float("inf")) -> float:
+        """The error under `scale` (float32 [I]); from `limit` on, some number that is not below it."""
+        total = 0.0
+        for which, weight in enumerate(self._weights):
+            rows = len(weight)
+            if self.apart and weight.device.type == "cpu":
+                rows = max(16, _ELEMENTS // weight.shape[1])
+            for part in torch.split(weight, rows):
+                difference = self._quantize(which, rescaled(part, scale), scale).float().div_(scale).sub_(part)
+                for some in torch.split(difference, _ROWS):
+                    total += quadratic_form(some.to(self._hessian.dtype), self._hessian)
+                    if total >= limit:
+                        return total
+        return total

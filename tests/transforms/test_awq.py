@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from qcompiler.numerics import multiplied_out, quantize_weight
 from qcompiler.scheme import QuantSpec, preset
+from qcompiler.transforms import awq
 from qcompiler.transforms.awq import AwqChoice, normalized_mean, search
 from qcompiler.transforms.options import AwqOptions
 from tests.numerics.cases import WEIGHT_SPECS
@@ -36,6 +40,7 @@ def searched(
     *,
     spec: QuantSpec = INT4,
     ties: Tensor | None = None,
+    **more: Any,
 ) -> AwqChoice:
     return search(
         weights,
@@ -45,6 +50,7 @@ def searched(
         options or AwqOptions(),
         specs=[spec] * len(weights),
         ties=ties,
+        **more,
     )
 
 
@@ -105,6 +111,20 @@ def test_the_largest_quarter_of_the_rows_says_which_points_are_compared_on_all()
     search(weights, inputs.abs().mean(0), inputs.T @ inputs, counted, AwqOptions(grid=11), specs=[INT4] * 2)
     assert seen.count(175) == seen.count(10) == 10
     assert seen.count(700) == 1 + 3
+
+
+@pytest.mark.parametrize("spec", [INT4, preset("NVFP4").weights], ids=["rows apart", "rows together"])
+def test_side_by_side_and_in_pieces_the_choice_is_the_same(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, inputs = data(700, 40)
+    alone = searched(weights, inputs, spec=spec)
+    monkeypatch.setattr(awq, "_ELEMENTS", 96 * 64)
+    in_pieces = searched(weights, inputs, spec=spec)
+    with ThreadPoolExecutor(3) as pool:
+        side_by_side = searched(weights, inputs, spec=spec, each=lambda of, scales: list(pool.map(of, scales)))
+    for choice in (in_pieces, side_by_side):
+        assert torch.equal(choice.scale, alone.scale)
+        assert (choice.error, choice.before) == pytest.approx((alone.error, alone.before), rel=1e-6)
+    assert (side_by_side.error, side_by_side.before) == (in_pieces.error, in_pieces.before)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
