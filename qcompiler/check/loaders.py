@@ -192,6 +192,13 @@ class Comparison:
                 f"the ignore entry {covering[0]!r} covers it in some loaders only",
                 "ignore linears by their full names, or by `re:` and an expression with `$`",
             )
+        fused = next((v.resolution.module for v in said if len(v.resolution.module.sites) > 1), None)
+        if fused is not None and (entries := self._ignore.taking(fused.name)):
+            return (
+                "ignore-differs",
+                f"the ignore entry {entries[0]!r} takes the fused {fused.name}, which Transformers does not have",
+                "ignore linears by the names that they have in the files",
+            )
         if is_lm_head(RuntimeModule(name, (linear.disk,))) and not taking:
             if not self._fits(linear, None):
                 return (

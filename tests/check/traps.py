@@ -221,6 +221,11 @@ def a_class_in_ignore(edited: Edited) -> None:
     edited.quantization["ignore"] = ["lm_head", "Linear"]
 
 
+@trap("packed", "ignore-differs", GATE, VLLM_LIKE)
+def a_fused_name_in_ignore(edited: Edited) -> None:
+    edited.quantization["ignore"].append(GATE_UP)
+
+
 @trap("packed", "shards-ignored", QKV, VLLM_LIKE, also=("stored-quantized",))
 def ignore_covers_one_shard(edited: Edited) -> None:
     edited.quantization["ignore"].append(KEY)
