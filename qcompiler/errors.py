@@ -30,6 +30,10 @@ class ModelConfigError(CaptureError):
     """Transformers knows the kind of the model, and refuses what config.json says of it."""
 
 
+class SizeError(QCompilerError):
+    """A model beyond every size that models have; see `qcompiler.limits`."""
+
+
 class CheckpointError(QCompilerError):
     """An input checkpoint that is damaged, incomplete or unsafe; or an output that cannot be written."""
 

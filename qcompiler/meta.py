@@ -8,16 +8,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qcompiler.errors import ModelConfigError
+from qcompiler.errors import ModelConfigError, SizeError
+from qcompiler.limits import modules_bounded
 
 
 def build_on_meta(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a config describes, in eval mode on the meta device. Raises `ModelConfigError`."""
+    """The model that a config describes, in eval mode on the meta device.
+
+    Raises `ModelConfigError` where Transformers does not build it, `SizeError` where it has too many modules.
+    """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), modules_bounded(config.model_type):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
+    except SizeError:
+        raise
     except Exception as error:
         wrong = "the code that the model brings" if getattr(config, "auto_map", None) else "config.json"
         said = str(error).partition("\nException raised from")[0]  # no stack of C++ functions

@@ -27,6 +27,7 @@ from qcompiler.checkpoints.quantized import is_dense, refuse_described
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint, holds_weights
 from qcompiler.checkpoints.writer import DiskTensor
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, ModelConfigError, did_you_mean
+from qcompiler.limits import check_config_size, check_layers
 from qcompiler.meta import build_on_meta
 from qcompiler.refuse import refuse, refuse_built
 
@@ -83,7 +84,7 @@ class ModelSource:
             return NameMap.build(self.model, self.reader, compare=self.reads_weights)
         return NameMap.of_loaded(self.model, self.reader, getattr(self.loaded, "_weight_conversions", None))
 
-    @property
+    @cached_property
     def has_weights(self) -> bool:
         """Whether there is any weight: a plan needs none."""
         return self.loaded is not None or holds_weights(self.folder)
@@ -232,10 +233,14 @@ def _stage_tokenizer(tokenizer: TokenizerLike | None, folder: Path) -> None:
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """What config.json of a model folder says, as it stands. Raises `CheckpointError` where it is none."""
+    """What config.json of a model folder says, as it stands.
+
+    Raises `CheckpointError` where it is none, `SizeError` where it is too long.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no config.json", hint="give a folder as save_pretrained writes it")
+    check_config_size(file)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -251,11 +256,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The config of a model folder, as Transformers understands it.
 
     Raises `CheckpointError` where there is none, and `CaptureError` where Transformers cannot load it or would have to
-    run code that nobody trusted.
+    run code that nobody trusted; `SizeError` where it counts too many layers.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder", hint="give a folder as save_pretrained writes it")
     file, raw = folder / "config.json", read_config_json(folder)
+    check_layers(raw, file)
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
     if "auto_map" in raw and not known and not trust_remote_code:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qcompiler.errors import CaptureError
+from qcompiler.limits import check_bytes
 
 
 def non_persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -16,8 +18,9 @@ def non_persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
     A model on the meta device has none to copy, so they are computed as `from_pretrained` computes them: by the
     model's own `_init_weights`, on a copy of each module that owns one. Raises `CaptureError` where that leaves a
-    buffer unset (found by starting from two different fillings).
+    buffer unset (found by starting from two different fillings), `SizeError` where they would be too large.
     """
+    check_bytes(f"what {type(model).__name__} has in no checkpoint", _unstored(model))
     found: dict[str, Tensor] = {}
     owner: PreTrainedModel = model
     for path, module in model.named_modules():
@@ -39,6 +42,13 @@ def non_persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
                 )
         found |= {f"{path}.{name}": tensor for name, tensor in first.items()}
     return found
+
+
+def _unstored(model: PreTrainedModel) -> Iterator[Tensor]:
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                yield buffer
 
 
 def _initialized(owner: PreTrainedModel, module: nn.Module, names: list[str], fill: int) -> dict[str, Tensor]:

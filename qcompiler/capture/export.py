@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 
 from qcompiler.capture.experts import experts_as_one_op
 from qcompiler.capture.functional import functionalize
-from qcompiler.capture.repeat import NotRepeatableError, Repeats, expand_repeats, trace_once
-from qcompiler.errors import CaptureError
+from qcompiler.capture.repeat import NotRepeatableError, Repeats, expand_repeats, layers_of, trace_once
+from qcompiler.errors import CaptureError, SizeError
 from qcompiler.ir.annotations import Scope, annotate
 from qcompiler.ir.fx import Node, call_functions, erase_dead, is_op, tensor_arg, value
+from qcompiler.limits import MOST_TRACED, check_traced
 
 _ROOT = "model"
 
@@ -65,14 +66,17 @@ def export(model: PreTrainedModel, *, repeat: bool = True) -> Exported:
     """Export `model` (usually on the meta device).
 
     `repeat`: trace each kind of layer once, where the model allows it. Raises `CaptureError` with the reason when it
-    does not trace.
+    does not trace, `SizeError` when too many layers would have to be traced one by one.
     """
     if repeat:
         try:
             return _export(model, repeat=True)
-        except (NotRepeatableError, CaptureError):
-            # Layers that share state, or a model that does not trace at all: the plain way decides which, and says so.
-            pass
+        except NotRepeatableError:
+            pass  # layers that share state
+        except CaptureError:  # a model that does not trace at all, or layers that share state: the plain way tells
+            if len(layers_of(model)) > MOST_TRACED:
+                raise
+    check_traced(len(layers_of(model)), type(model).__name__)
     return _export(model, repeat=False)
 
 
@@ -92,7 +96,7 @@ def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
         stack.enter_context(_without_fake_cache())
         try:
             program = torch.export.export(_Logits(model), (ids,), dynamic_shapes=dynamic, strict=False)
-        except NotRepeatableError:
+        except (NotRepeatableError, SizeError):
             raise
         except Exception as error:  # anything at all can come out of tracing foreign code
             raise CaptureError(
@@ -135,7 +139,7 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:

@@ -24,6 +24,7 @@ from qcompiler.capture.calls import intercepted
 from qcompiler.capture.operators import define
 from qcompiler.ir.annotations import Scope, annotate, need
 from qcompiler.ir.fx import Node, getitem, is_op, is_tensor
+from qcompiler.limits import check_traced
 
 _FIRST = "qcompiler.first_layer"
 _ALIKE = "qcompiler.alike_layer"
@@ -82,6 +83,7 @@ class Repeats:
             first = self._returned[key]
             self.like[path] = first.path
             return first.with_tensors(alike_layer(tensors, first.tensors, path, first.path))
+        check_traced(len(self._returned) + 1, path)
         self.like[path] = path
         place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         leaves[place] = first_layer(tensors, path)
@@ -99,11 +101,11 @@ def trace_once(model: PreTrainedModel) -> Iterator[Repeats]:
     Raises `NotRepeatableError` where a layer is called in a way that cannot be copied.
     """
     repeats = Repeats()
-    with intercepted({layer: partial(repeats.call, path, kind_of(layer)) for path, layer in _layers(model)}):
+    with intercepted({layer: partial(repeats.call, path, kind_of(layer)) for path, layer in layers_of(model)}):
         yield repeats
 
 
-def _layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+def layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The members of the list of modules that holds the most parameters."""
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     if not lists:

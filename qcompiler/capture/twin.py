@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from qcompiler.capture.buffers import non_persistent_buffers
 from qcompiler.capture.twin_layers import counts_layers, keep_layers
 from qcompiler.capture.twin_sizes import shrink_sizes
-from qcompiler.errors import CaptureError, ConfigError
+from qcompiler.errors import CaptureError, ConfigError, SizeError
+from qcompiler.limits import check_bytes
 
 
 def shrink(config: PreTrainedConfig, *, layers: int | None = None) -> PreTrainedConfig:
@@ -61,20 +62,23 @@ def with_random_weights(
 
     The weights are such that forgetting one changes the logits: attention is not uniform, norms are neither all ones
     nor all zeros, biases and routing corrections are not zero. Equal seeds give equal weights; the global generator is
-    left as it was. Raises `CaptureError` when the class refuses the config.
+    left as it was. Raises `CaptureError` when the class refuses the config, `SizeError` when the model is not small.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         try:
+            with torch.device("meta"):
+                bare = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            check_bytes(f"a tiny {type(bare).__name__}", (*bare.parameters(), *bare.buffers()))
+            torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except SizeError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"no tiny model of {type(config).__name__}: {type(error).__name__}: {error}",
                 hint="load the weights, so that the graph is compared with the model itself",
             ) from error
         _randomize(model)
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for path, value in non_persistent_buffers(bare).items():
         # As `from_pretrained` computes them, which need not be how the constructor does in a narrow dtype.
         parent, _, name = path.rpartition(".")

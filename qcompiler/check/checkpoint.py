@@ -16,16 +16,14 @@ from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.emit.schema import QUANT_METHOD
 from qcompiler.errors import CheckpointError
 from qcompiler.expressions import REGEX_PREFIX
+from qcompiler.limits import LAYERS, MOST_LAYERS, check_config_size
 from qcompiler.source import read_config_json
 
-_MAX_CONFIG = 32 << 20  # bytes; the exact names of 100,000 experts take 8 MB
 _MAX_EXPERTS = 4096  # that a config may claim, whatever the files hold
-_MAX_LAYERS = 512  # a graph of more takes minutes; the deepest models have a quarter of that
 _MAX_SIZE = 1 << 20  # of a dimension, whatever the files hold: tables of that many entries are made in no time
 _MAX_GROUPS = 10_000
 _MAX_EXPRESSIONS = 4096  # regular expressions, and a MiB of them; compiling them takes seconds
 _EXPERTS = re.compile(r"(num|n)_.*experts")
-_LAYERS = re.compile(r"(num|n)_.*layers|n_layer")
 _SIZES = re.compile(r"(.*_)?(size|dim)|n_(embd|inner)")
 _CHUNK = 4 << 20  # bytes of a tensor that are in memory at once
 
@@ -100,12 +98,8 @@ class Checkpoint:
 def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     """config.json, what it says of quantization, and where it says that."""
     file = folder / "config.json"
-    size = file.stat().st_size if file.is_file() else 0
-    if size > _MAX_CONFIG:
-        raise CheckpointError(
-            f"{file}: a config of {size} bytes; at most {_MAX_CONFIG} are read", hint="do not trust this checkpoint"
-        )
-    if size:  # and not what has no size, such as a pipe: nobody knows when reading that ends
+    check_config_size(file)
+    if file.is_file() and file.stat().st_size:  # what has no size, such as a pipe, may never be read to its end
         check_values(file.read_bytes(), file)
     elif file.is_file():
         raise CheckpointError(f"{file} is not JSON: it is empty", hint="download the file again")
@@ -174,9 +168,9 @@ def _targets(group: object) -> object:
 
 def _check_numbers(config: Mapping[str, Any], folder: Path, tensors: Mapping[str, TensorMeta]) -> None:
     """Raise `CheckpointError` for more layers, or larger ones, than there can be: building them would take forever."""
-    layers, experts = min(len(tensors), _MAX_LAYERS), max(len(tensors), _MAX_EXPERTS)
+    layers, experts = min(len(tensors), MOST_LAYERS), max(len(tensors), _MAX_EXPERTS)
     size = max(_MAX_SIZE, *(8 * meta.nbytes for meta in tensors.values())) if tensors else _MAX_SIZE
-    limits = ((_LAYERS, layers), (_EXPERTS, experts), (_SIZES, size))
+    limits = ((LAYERS, layers), (_EXPERTS, experts), (_SIZES, size))
     nested = [part for part in config.values() if isinstance(part, dict)]
     for key, value in (item for part in (config, *nested) for item in part.items()):
         if isinstance(value, int) and any(value > limit and names.fullmatch(str(key)) for names, limit in limits):

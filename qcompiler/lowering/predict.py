@@ -149,7 +149,7 @@ def _own_bytes(path: str, source: ModelSource) -> int:
     """Bytes of a parameter as it is written; of what is stored together with others, its share."""
     if source.has_weights:
         return tensor_bytes(*source.names.spec(path))
-    value = source.model.state_dict()[path]
+    value = source.model.get_parameter(path)
     return tensor_bytes(value.dtype, tuple(value.shape))
 
 
