@@ -106,8 +106,14 @@ def _ours(folder: Path, pipeline: str, rows: list[list[int]], output: Path) -> P
         # Any target: which hardware serves a scheme has no bearing on what it predicts.
         compile(folder, pipeline=pipeline, output=output, calibration=data, sampling=sampling, target="transformers")
     except QCompilerError as error:
-        return Cell(reason="n/a: " + str(error).splitlines()[-1].strip().removeprefix("hint: ")[:80])
+        return Cell(reason=f"n/a: {_first_reason(error)}")
     return output
+
+
+def _first_reason(error: QCompilerError) -> str:
+    """Of an error that lists layers, what is said of the first; else what it says."""
+    said = [line.strip() for line in str(error).splitlines() if not line.strip().startswith("hint: ")]
+    return said[min(1, len(said) - 1)][:240].replace("|", "/")
 
 
 def _theirs(folder: Path, pipeline: str, rows: list[list[int]], scratch: Path, python: Path | None) -> Path | Cell:
