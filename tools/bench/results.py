@@ -29,6 +29,7 @@ from qcompiler.pipeline.registry import packaged_pipelines
 
 HERE = Path(__file__).parent
 CALIBRATION = {"llama-7m": "c4.txt", "stories260K": "tinystories.txt", "babyllama361": "tinystories.txt"}
+_UNLOADABLE = "transformers cannot load what was assigned, though every scheme is legal: "
 _START, _END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -113,7 +114,8 @@ def _ours(folder: Path, pipeline: str, rows: list[list[int]], output: Path) -> P
 def _first_reason(error: QCompilerError) -> str:
     """Of an error that lists layers, what is said of the first; else what it says."""
     said = [line.strip() for line in str(error).splitlines() if not line.strip().startswith("hint: ")]
-    return said[min(1, len(said) - 1)][:240].replace("|", "/")
+    reason = said[min(1, len(said) - 1)].removeprefix(_UNLOADABLE)
+    return reason[:240].replace("|", "/")
 
 
 def _theirs(folder: Path, pipeline: str, rows: list[list[int]], scratch: Path, python: Path | None) -> Path | Cell:
