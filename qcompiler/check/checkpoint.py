@@ -16,7 +16,7 @@ from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.emit.schema import QUANT_METHOD
 from qcompiler.errors import CheckpointError
 from qcompiler.expressions import REGEX_PREFIX
-from qcompiler.limits import LAYERS, MOST_LAYERS, check_config_size
+from qcompiler.limits import LAYERS, MOST_LAYERS, MOST_MODULES, check_config_size
 from qcompiler.source import read_config_json
 
 _MAX_EXPERTS = 4096  # that a config may claim, whatever the files hold
@@ -64,6 +64,11 @@ class Checkpoint:
                 module, _, part = key.rpartition(".")
                 if PARTS.fullmatch(part):
                     parts.setdefault(module, {})[part] = meta
+            if len(parts) > MOST_MODULES:
+                raise CheckpointError(
+                    f"{folder}: the files hold tensors of {len(parts)} modules; at most {MOST_MODULES} are judged",
+                    hint="no open model has half as many: do not trust this checkpoint",
+                )
             return cls(folder, config, quantization, place, reader, parts)
         except BaseException:
             reader.close()

@@ -212,6 +212,12 @@ def test_more_than_there_can_be_is_not_built(
     refused(edited.write(tmp_path / "hostile"), [key, f"is {value}, and the files hold"])
 
 
+def test_more_modules_than_any_model_has_are_not_judged(folder: Path, refused: Refused) -> None:
+    none = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    (folder / "model.safetensors").write_bytes(header(**{f"m.{i}.weight": none for i in range(100_001)}))
+    refused(folder, ["tensors of 100001 modules", "at most 100000"])
+
+
 NONSENSE = (None, 7, "x", [], {"num_bits": {}}, {"num_bits": 4, "group_size": "a"}, {"type": [], "scale_dtype": 3})
 MAY_BE_NULL = ("input_activations", "format")
 
