@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcompiler.cli.options import DtypeOption, IndependentOption, RevisionOption, TargetOption, TrustOption
+from qcompiler.cli.streams import PIPED_WIDTH, print_lines, terminal_width
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from qcompiler.inspection.document import Document
     from qcompiler.inspection.read import Options
-
-_PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
 def inspect(
@@ -111,14 +107,14 @@ def inspect(
     from qcompiler.inspection.text import full_lines, text_lines
     from qcompiler.inspection.tree import tree_lines
 
-    width = _width()
+    width = terminal_width() or PIPED_WIDTH
     if explain is not None:
         lines = explain_lines(document, explain, width)
     elif tree:
         lines = tree_lines(document, width, full=full)
     else:
         lines = full_lines(document) if full else text_lines(document, width)
-    _print(lines)
+    print_lines(lines)
 
 
 def _one(document: Document, name: str) -> str:
@@ -136,7 +132,7 @@ def _diff(model: str | None, pipeline: str | None, words: tuple[str, str], optio
     if json:
         print(found.model_dump_json(indent=2))
     else:
-        _print(diff_lines(found, _width()))
+        print_lines(diff_lines(found, terminal_width() or PIPED_WIDTH))
 
 
 def _check_together(**given: bool) -> None:
@@ -157,22 +153,3 @@ def _check_useless(
         raise typer.BadParameter("--diff says itself after which passes", param_hint="--after")
     if after is not None and pipeline is None:
         raise typer.BadParameter("it needs --pipeline", param_hint="--after")
-
-
-def _width() -> int:
-    from rich.console import Console
-
-    return Console().width if sys.stdout.isatty() else _PIPED_WIDTH
-
-
-def _print(lines: list[Text]) -> None:
-    """In colour on a terminal; piped, plain."""
-    if not sys.stdout.isatty():
-        print("\n".join(line.plain for line in lines))
-        return
-
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for line in lines:
-        console.print(line, soft_wrap=True)

@@ -21,7 +21,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
-_PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
+PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
 def print_json(data: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ def print_result(report: Report) -> None:
         print_report(report, Console(highlight=False))
         return
     text = StringIO()
-    print_report(report, Console(file=text, width=_PIPED_WIDTH, highlight=False))
+    print_report(report, Console(file=text, width=PIPED_WIDTH, highlight=False))
     print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 

@@ -99,6 +99,8 @@ def search(
     if weights[0].dtype is torch.bfloat16:
         hessian = hessian.bfloat16()  # once, and not for every few rows
     whole = _Errors(weights, specs, hessian, quantize)
+    if not whole.apart:
+        each = _in_turn  # a whole weight in float32 at a time, and not one for each thread
     candidates = [(candidate, _scale(candidate, activations, magnitudes)) for candidate in _candidates(options)]
     if whole.apart and sum(map(len, weights)) >= _MANY_ROWS:
         some = _Errors([_largest_rows(weight) for weight in weights], specs, hessian, quantize)
