@@ -175,6 +175,20 @@ def test_what_answers_at_once_loads_nothing_heavy(code: str) -> None:
     assert loaded & (HEAVY | {"passes"}) == set()
 
 
+def test_datasets_is_loaded_only_where_one_is_named(tmp_path: Path) -> None:
+    code = (
+        "import qcompiler.compiler, qcompiler.verification, qcompiler.data.sources as sources\n"
+        "def rows(**said):\n"
+        "    with sources.open_source(**said, config_name=None, split=None, usual_split='train') as source:\n"
+        "        return list(source.rows)\n"
+        "assert rows(dataset=None, rows=['a', 'b']) == ['a', 'b']\n"
+    )
+    assert "datasets" not in loaded_by(code)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n', encoding="utf-8")
+    assert "datasets" in loaded_by(f"{code}assert rows(dataset={str(file)!r}, rows=None) == [{{'text': 'a'}}]\n")
+
+
 def test_every_name_of_the_api_is_there() -> None:
     for name in qcompiler.__all__:
         assert getattr(qcompiler, name) is not None

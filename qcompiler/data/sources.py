@@ -1,10 +1,13 @@
 """Where rows come from. Only formats that hold data, never code, are read, and nothing is copied: tables are streamed
 or memory-mapped, row by row.
+
+`datasets` takes a third of a second to import: it is imported where a dataset is named, and not by who brings rows.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
-
-import datasets
 
 from qcompiler.errors import DataError, did_you_mean
 
@@ -66,12 +67,14 @@ def open_source(
             f"{name} has no configurations, but {config_name!r} was asked for",
             hint="config_name belongs to hub datasets: leave it out",
         )
-    with tempfile.TemporaryDirectory(prefix="qcompiler-data-") as cache, _quiet():
+    with tempfile.TemporaryDirectory(prefix="qcompiler-data-") as cache, _quiet(named=rows is None):
         if rows is not None:
             yield _from_python(rows, split, usual_split)
         elif path.is_file():
             yield _from_files(name, [path], split, cache)
         elif path.is_dir() and any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
+            import datasets
+
             saved = _loaded(name, lambda: datasets.load_from_disk(str(path)))
             yield Source(name, _pick_split(name, saved, split, usual_split))
         elif path.is_dir():
@@ -117,8 +120,13 @@ def _permutation(count: int, rng: Random) -> Iterator[int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(*, named: bool) -> Iterator[None]:
     """No progress bars and no log lines from `datasets` inside: what it logs it raises too. Outside, as they were."""
+    if not named and "datasets" not in sys.modules:
+        yield
+        return
+    import datasets
+
     shown = not datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
@@ -134,7 +142,7 @@ def _quiet() -> Iterator[None]:
 def _from_python(rows: Iterable[Any], split: str | None, usual_split: str) -> Source:
     if isinstance(rows, str | bytes | Path):
         raise DataError("rows is one string", hint="a path goes into `dataset`; texts are a list of strings")
-    if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
+    if _has_splits(rows):
         return Source("rows", _pick_split("rows", rows, split, usual_split))
     if split is not None:
         raise DataError(
@@ -164,6 +172,8 @@ def _from_files(name: str, files: Sequence[Path], split: str | None, cache: str)
     builder = builders.pop()
 
     def stream() -> Any:
+        import datasets
+
         return datasets.load_dataset(builder, data_files=paths, split="train", streaming=True, cache_dir=cache)
 
     return Source(name, _guarded(name, _loaded(name, stream)))
@@ -210,6 +220,8 @@ def _from_hub(name: str, config_name: str | None, split: str, cache: str) -> Sou
         )
 
     def stream() -> Any:
+        import datasets
+
         return datasets.load_dataset(name, config_name, split=split, streaming=True, cache_dir=cache)
 
     origin = f"dataset {name!r} of the Hugging Face hub"
@@ -217,8 +229,13 @@ def _from_hub(name: str, config_name: str | None, split: str, cache: str) -> Sou
     return Source(name, _guarded(origin, _loaded(origin, stream, hint), hint))
 
 
+def _has_splits(rows: Any) -> bool:
+    datasets = sys.modules.get("datasets")  # where nobody imported it, this is none of its objects
+    return datasets is not None and isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict)
+
+
 def _pick_split(name: str, loaded: Any, split: str | None, usual_split: str) -> Any:
-    if not isinstance(loaded, datasets.DatasetDict | datasets.IterableDatasetDict):
+    if not _has_splits(loaded):
         if split is not None:
             raise DataError(f"{name} has no splits, but split {split!r} was asked for", hint="leave split out")
         return loaded
