@@ -21,6 +21,7 @@ from qcompiler.calibration import CalibrationData, CalibrationLike
 from qcompiler.capture import capture_and_prove
 from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.output import check_apart, check_output
+from qcompiler.collector import collector_paused
 from qcompiler.data import CalibrationSpec
 from qcompiler.errors import ConfigError
 from qcompiler.ir.graph import Graph, Stage
@@ -273,6 +274,7 @@ def _capture(request: _Request, source: ModelSource) -> _Captured:
     return _Captured(graph, notes, perf_counter() - start)
 
 
+@collector_paused()
 def _prepare(
     request: _Request, source: ModelSource, captured: _Captured, visit: Visitor = _unseen
 ) -> tuple[Context, Graph, Pipeline]:

@@ -26,6 +26,7 @@ from qcompiler.checkpoints.names import NameMap
 from qcompiler.checkpoints.quantized import is_dense, refuse_described
 from qcompiler.checkpoints.reader import CheckpointReader, RawTensor, TensorSource, fingerprint, holds_weights
 from qcompiler.checkpoints.writer import DiskTensor
+from qcompiler.collector import collector_paused
 from qcompiler.errors import CaptureError, CheckpointError, ConfigError, ModelConfigError, did_you_mean
 from qcompiler.limits import check_config_size, check_layers
 from qcompiler.meta import build_on_meta
@@ -155,6 +156,7 @@ def _head_size(config: Any) -> int | None:
     return int(declared) if declared else int(width) // int(heads) if heads and width else None
 
 
+@collector_paused()
 def open_model(
     model: str | Path | PreTrainedModel,
     *,

@@ -54,7 +54,7 @@ def test_the_mechanism_never_imports_the_policy(file: Path) -> None:
 
 
 LAYERS = (
-    {"errors", "report"},
+    {"collector", "errors", "report"},
     {"limits"},
     {"arguments", "options", "scheme", "expressions", "refuse", "requirements", "meta", "tensors"},
     {"numerics"},

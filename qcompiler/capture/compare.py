@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qcompiler.capture.collector import collector_paused
 from qcompiler.capture.graph import capture_graph
 from qcompiler.capture.twin import build_twin, with_random_weights
 from qcompiler.capture.twin_sizes import is_crossed
+from qcompiler.collector import collector_paused
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Leaf, get
 from qcompiler.ir.fx import op_name

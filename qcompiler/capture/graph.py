@@ -6,10 +6,10 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from qcompiler.capture.buffers import non_persistent_buffers
-from qcompiler.capture.collector import collector_paused
 from qcompiler.capture.export import export
 from qcompiler.capture.raising import raise_leaves
 from qcompiler.capture.roles import annotate_roles
+from qcompiler.collector import collector_paused
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 

@@ -8,6 +8,7 @@ import typer
 
 from qcompiler.cli.options import RevisionOption, TargetOption, TrustOption
 from qcompiler.cli.streams import print_json, print_lines, terminal_width
+from qcompiler.collector import imports_kept
 
 
 def check(
@@ -24,7 +25,8 @@ def check(
     Weights are not read. Exits with 0 where there is no error, 1 where there is one, and 2 where the input cannot be
     checked. --target makes warnings of errors that concern other runtimes alone.
     """
-    from qcompiler.check import check_checkpoint
+    with imports_kept():
+        from qcompiler.check import check_checkpoint
 
     report = check_checkpoint(checkpoint, target=target, revision=revision, trust_remote_code=trust_remote_code)
     if json:

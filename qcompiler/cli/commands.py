@@ -27,6 +27,7 @@ from qcompiler.cli.options import (
     TrustOption,
 )
 from qcompiler.cli.streams import print_json, print_result, progress_bar, quiet_libraries
+from qcompiler.collector import imports_kept
 from qcompiler.errors import QCompilerError, printable
 from qcompiler.requirements import check_transformers
 
@@ -132,8 +133,9 @@ def compile(
     if dataset is None:
         _refuse_without("--dataset", context, _DATA_OPTIONS)
 
-    from qcompiler.compiler import compile as run
-    from qcompiler.data import CalibrationSpec
+    with imports_kept():
+        from qcompiler.compiler import compile as run
+        from qcompiler.data import CalibrationSpec
 
     spec = CalibrationSpec(
         dataset=dataset,
@@ -192,7 +194,8 @@ def plan(
     """
     _check_prints(json, print_after, print_pipeline, leaves)
 
-    from qcompiler.compiler import plan as run
+    with imports_kept():
+        from qcompiler.compiler import plan as run
 
     if print_pipeline:
         _print_yaml(pipeline, independent)
@@ -241,7 +244,8 @@ def verify(
 
     from dataclasses import asdict
 
-    from qcompiler.verification import verify as run
+    with imports_kept():
+        from qcompiler.verification import verify as run
 
     verification = run(
         out,

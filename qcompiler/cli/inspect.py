@@ -9,6 +9,7 @@ import typer
 
 from qcompiler.cli.options import DtypeOption, IndependentOption, RevisionOption, TargetOption, TrustOption
 from qcompiler.cli.streams import PIPED_WIDTH, print_lines, terminal_width
+from qcompiler.collector import imports_kept
 
 if TYPE_CHECKING:
     from qcompiler.inspection.document import Document
@@ -72,8 +73,9 @@ def inspect(
     if independent and pipeline is None and diff is None:
         raise typer.BadParameter("it needs --pipeline", param_hint="--independent")
 
-    from qcompiler.inspection import export as files
-    from qcompiler.inspection.read import Options
+    with imports_kept():
+        from qcompiler.inspection import export as files
+        from qcompiler.inspection.read import Options
 
     options = Options(target, dtype, revision, trust_remote_code, independent)
     if diff is not None:

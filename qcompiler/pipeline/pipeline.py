@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from qcompiler.collector import collector_paused
 from qcompiler.errors import ConfigError, did_you_mean
 from qcompiler.options import options_at, options_of
 from qcompiler.pipeline.base import Pass
@@ -47,6 +48,7 @@ class Pipeline:
                 yield item
 
 
+@collector_paused()
 def load_pipeline(source: str | Path | Pipeline | Sequence[Pass | Pipeline]) -> Pipeline:
     """A pipeline from a packaged name, a YAML file, or Python objects, whose options are checked as YAML's are.
 
