@@ -24,6 +24,7 @@ from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
+from qcompiler.capture.calls import undecorated
 from qcompiler.capture.experts import experts_as_one_op
 from qcompiler.capture.functional import functionalize
 from qcompiler.capture.repeat import NotRepeatableError, Repeats, expand_repeats, layers_of, trace_once
@@ -88,6 +89,7 @@ def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         repeats = stack.enter_context(trace_once(model)) if repeat else Repeats()
+        stack.enter_context(undecorated(model))
         stack.enter_context(experts_as_one_op(model))
         stack.enter_context(_fake_weights(model, fake))
         window = stack.enter_context(_frozen_rope(model))

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qcompiler.capture import capture_and_prove, capture_graph
+from qcompiler.capture.calls import undecorated
 from qcompiler.capture.compare import NotTheModelError, compare_logits, compare_with_eager, has_copies
 from qcompiler.capture.twin import build_twin
 from qcompiler.errors import CaptureError
@@ -126,6 +127,26 @@ def test_a_model_is_what_it_was_after_capture_succeeded_or_failed(model_type: st
 
 
 # --- long contexts ----------------------------------------------------------------------------------------------------
+
+
+def test_forwards_are_traced_without_the_no_grad_of_their_own() -> None:
+    model = on_meta("llama")
+    before = {module: type(module) for module in model.modules()}
+    rope, layer = model.model.rotary_emb, model.model.layers[0]
+    with torch.no_grad(), undecorated(model):
+        assert type(rope).forward is before[rope].forward.__wrapped__
+        assert type(layer) is before[layer]
+    assert {module: type(module) for module in model.modules()} == before
+
+
+def test_other_decorators_are_traced() -> None:
+    class Graded(nn.Module):
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with torch.no_grad(), undecorated(graded := Graded()):
+        assert type(graded) is Graded
 
 
 def test_a_frozen_rope_bounds_the_sequences_and_is_put_back() -> None:
