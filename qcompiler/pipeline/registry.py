@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
-from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
+from functools import cache
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, entry_points, packages_distributions, version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,9 +32,22 @@ NESTED = "pipeline"
 """Where the name of a pass may stand, this word stands for a pipeline inside a pipeline."""
 
 
+def _points(group: str) -> EntryPoints:
+    return _points_on(tuple(sys.path), group)
+
+
+@cache
+def _points_on(path: tuple[str, ...], group: str) -> EntryPoints:
+    """The entry points of one group: to look into every distribution on the path takes milliseconds, and is done once.
+
+    `path` is `sys.path`, where `entry_points` looks.
+    """
+    return entry_points(group=group)
+
+
 def pass_names() -> tuple[str, ...]:
     """The name of every installed pass, sorted. None is imported."""
-    return tuple(sorted({point.name for point in entry_points(group=PASSES)}))
+    return tuple(sorted({point.name for point in _points(PASSES)}))
 
 
 def pass_classes() -> dict[str, type[Pass]]:
@@ -46,7 +61,7 @@ def pass_class(name: str) -> type[Pass]:
     Raises `ConfigError` with near names where there is none, where two packages claim the name, and where what the
     entry point gives is no pass.
     """
-    loaded = {id(cls): cls for cls in (_load(point) for point in entry_points(group=PASSES, name=name))}
+    loaded = {id(cls): cls for cls in (_load(point) for point in _points(PASSES) if point.name == name)}
     if not loaded:
         known = pass_names()
         raise ConfigError(f"unknown pass {name!r}{did_you_mean(name, known)}", hint=f"passes: {', '.join(known)}")
@@ -76,14 +91,16 @@ def _load(point: EntryPoint) -> type[Pass]:
 
 def providers(classes: Iterable[type[Pass]]) -> dict[str, str]:
     """Versions of the distributions that provide these passes; of a module of no distribution, `unknown`."""
-    found: dict[str, str] = {}
+    homes_of: dict[Distribution, None] = {}
     homeless: set[str] = set()
     for cls in dict.fromkeys(classes):
-        point = next((p for p in entry_points(group=PASSES, name=cls.name) if p.dist and _load(p) is cls), None)
+        named = (point for point in _points(PASSES) if point.name == cls.name)
+        point = next((point for point in named if point.dist and _load(point) is cls), None)
         if point is not None and point.dist is not None:
-            found[point.dist.name] = point.dist.version
+            homes_of[point.dist] = None
         else:
             homeless.add(cls.__module__.partition(".")[0])
+    found = {distribution.name: distribution.version for distribution in homes_of}
     homes = packages_distributions() if homeless else {}
     for module in sorted(homeless):
         found |= {name: version(name) for name in homes.get(module, ())} or {module: "unknown"}
@@ -143,7 +160,7 @@ class Reader(Protocol):
 
 def readers() -> Iterator[Reader]:
     """Every installed reader. Raises `ConfigError` for one that does not load."""
-    for point in sorted(entry_points(group=READERS)):
+    for point in sorted(_points(READERS)):
         try:
             yield point.load()
         except Exception as error:  # importing someone's package can fail in every way
@@ -156,7 +173,7 @@ def readers() -> Iterator[Reader]:
 def packaged_pipelines() -> dict[str, str]:
     """The text of every packaged pipeline, by name. Raises `ConfigError` where two packages claim one name."""
     found: dict[str, tuple[str, str]] = {}
-    for package in dict.fromkeys(point.value for point in entry_points(group=PIPELINES)):
+    for package in dict.fromkeys(point.value for point in _points(PIPELINES)):
         try:
             resources = [entry for entry in files(package).iterdir() if entry.name.endswith(".yaml")]
         except Exception as error:

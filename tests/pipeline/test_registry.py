@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
+from importlib.metadata import EntryPoints, entry_points, version
 
 import pytest
 
 from qcompiler.errors import ConfigError
-from qcompiler.pipeline import load_pipeline, parse_pipeline, print_pipeline
+from qcompiler.pipeline import load_pipeline, parse_pipeline, print_pipeline, registry
 from qcompiler.pipeline.describe import describe_passes, describe_pipelines
 from qcompiler.pipeline.registry import packaged_pipelines, pass_class, pass_classes, pass_names, providers
 from tests.pipeline.conftest import Install
@@ -58,6 +58,22 @@ def test_the_versions_of_what_provides_passes_are_known(install: Install) -> Non
     }
     loose = type("Loose", (pass_class("twist"),), {"__module__": "somewhere.inside"})
     assert providers([loose]) == {"somewhere": "unknown"}, "it has the name of a pass that is installed, and is another"
+
+
+def test_the_path_is_searched_once_for_each_group(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[str] = []
+
+    def search(*, group: str) -> EntryPoints:
+        searched.append(group)
+        return entry_points(group=group)
+
+    install("nothing", {})  # the path is another now
+    monkeypatch.setattr(registry, "entry_points", search)
+    for _ in range(2):
+        load_pipeline("int4-int8")
+        assert pass_names()
+        assert providers([pass_class("lower"), pass_class("assign")]).keys() == {"qcompiler"}
+    assert sorted(searched) == [registry.PASSES, registry.PIPELINES]
 
 
 def test_a_new_pass_is_among_the_near_names(install: Install) -> None:
