@@ -1,7 +1,7 @@
 """Number formats: weights to codes and back, and the fake quantization of activations. Pure torch, on any device."""
 
 from qcompiler.numerics.activations import fake_quantize
-from qcompiler.numerics.quadratic import add_gram, quadratic_form
+from qcompiler.numerics.quadratic import QuadraticForm, add_gram
 from qcompiler.numerics.scales import nvfp4_global_scale, static_qparams
 from qcompiler.numerics.tensor import QuantizedTensor, scale_shape
 from qcompiler.numerics.weights import (
@@ -17,6 +17,7 @@ from qcompiler.numerics.weights import (
 )
 
 __all__ = [
+    "QuadraticForm",
     "QuantizedTensor",
     "ScaleSearch",
     "WeightError",
@@ -26,7 +27,6 @@ __all__ = [
     "fake_quantize",
     "multiplied_out",
     "nvfp4_global_scale",
-    "quadratic_form",
     "quantize_weight",
     "range_factors",
     "scale_shape",

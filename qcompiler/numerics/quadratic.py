@@ -26,22 +26,31 @@ def add_gram(total: Tensor, values: Tensor, *, alpha: float = 1) -> None:
     add_gram(total[middle:, middle:], right, alpha=alpha)
 
 
-def quadratic_form(rows: Tensor, hessian: Tensor) -> float:
-    """tr(D H D^T) for D = `rows` [R, I] and a symmetric `hessian` [I, I] in float32: ||D X^T||^2 over the tokens.
+class QuadraticForm:
+    """tr(D H D^T) of rows D [R, I], for a symmetric `hessian` [I, I] in float32: ||D X^T||^2 over the tokens.
 
-    Only what lies on or above the diagonal of H is multiplied, block by block, and the rest counted by symmetry. Rows
-    in float32, or in bfloat16: then H is rounded to it as well, which many matrix units are faster with, and as errors
-    of rounding have no common direction, the sum is off by some thousandths at most. A sum that this brings below zero
-    is zero.
+    Only what lies on or above the diagonal of H is multiplied, block by block, and what lies above it counts twice. A
+    form holds these blocks by itself, in `dtype`: the Hessian may change or go. In bfloat16, which many matrix units
+    are faster with, H is rounded to it, and as errors of rounding have no common direction, sums are off by some
+    thousandths at most. One that this brings below zero is zero.
     """
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(hessian), _COLUMNS):
-        columns = slice(start, min(start + _COLUMNS, len(hessian)))
-        block = hessian[: columns.stop, columns].to(rows.dtype)
-        for some in torch.split(rows, _ROWS):
-            product = some[:, columns] @ block[start:]
-            if start:
-                product.addmm_(some[:, :start], block[:start], alpha=2)
-            # Row by row first: threads would each sum a part of all, and their number decide about the last bit.
-            total += product.float().mul_(some[:, columns]).sum(1, dtype=total.dtype).sum()
-    return max(float(total), 0.0)
+
+    def __init__(self, hessian: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._blocks: list[Tensor] = []
+        for start in range(0, len(hessian), _COLUMNS):
+            stop = min(start + _COLUMNS, len(hessian))
+            block = hessian[:stop, start:stop].to(dtype, copy=True)
+            block[:start].mul_(2)
+            self._blocks.append(block)
+
+    def of(self, rows: Tensor) -> float:
+        """The form of `rows` [R, I], in its dtype."""
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for block in self._blocks:
+            stop, width = block.shape
+            for some in torch.split(rows, _ROWS):
+                product = some[:, :stop] @ block
+                # Row by row first: threads would each sum a part of all, and their number decide about the last bit.
+                total += product.float().mul_(some[:, stop - width : stop]).sum(1, dtype=total.dtype).sum()
+        return max(float(total), 0.0)

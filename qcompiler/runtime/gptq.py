@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from time import perf_counter
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from qcompiler.errors import DataError
-from qcompiler.numerics import QuantizedTensor
+from qcompiler.numerics import QuadraticForm, QuantizedTensor, difference
 from qcompiler.runtime.hessian import HessianStatistic
-from qcompiler.runtime.parallel import Workers, in_parallel, in_parallel_parts
-from qcompiler.solvers.columns import Rows
-from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq, output_error, output_size, stacked
+from qcompiler.runtime.parallel import Workers, in_parallel
+from qcompiler.solvers.columns import Rows, scripted
+from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq, stacked
 from qcompiler.solvers.options import GptqOptions
 
 _ELEMENTS = 4 * 2**20
@@ -45,10 +48,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Of a job, before it is solved: the errors that do not need it to be. See `Outcome`."""
+    """A number of `Outcome` that a job needs not be solved for."""
 
-    before: float
-    size: float
+    value: float
     seconds: float
 
 
@@ -87,32 +89,65 @@ def solve(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic], 
     Takes the statistics of its linears out of `hessians`, so that each is gone as soon as it is factored. Raises
     `DataError` where one cannot be.
     """
-
-    def measure(job: Job) -> _Measured:
-        start, hessian = perf_counter(), hessians[job.path].value()
-        before, size = output_error(job.weight, job.nearest, hessian), output_size(job.weight, hessian)
-        return _Measured(before, size, perf_counter() - start)
-
-    measured = in_parallel(measure, jobs, workers=workers, size=lambda job: job.weight.numel())
+    threads = workers.count  # in one of its threads it would be 1
+    scripted()
+    forms = _forms(jobs, hessians)
     groups = _groups(jobs, hessians)
-    largest_first = sorted(groups, key=lambda number: -groups[number].jobs[0].weight.shape[1])
-    stacks = in_parallel_parts(lambda number: _prepare(groups.pop(number)), _solve, largest_first, workers=workers)
+    measured: dict[tuple[str, str], _Measured] = {}
+    prepared: dict[int, list[_Stack]] = {}
+
+    def prepare(number: int) -> None:
+        prepared[number] = _prepare(groups.pop(number), threads)
+
+    def measure(job: Job, form: QuadraticForm, which: Literal["before", "size"]) -> None:
+        start = perf_counter()
+        rows = difference(job.weight, job.nearest, form.dtype) if which == "before" else job.weight.to(form.dtype)
+        measured[job.path, which] = _Measured(form.of(rows), perf_counter() - start)
+
+    # Most layers have one Hessian or few to factor, which is one thread's work: the others measure meanwhile.
+    order = sorted(groups, key=lambda number: -groups[number].jobs[0].weight.shape[1])
+    tasks = [partial(prepare, number) for number in order]
+    tasks += [partial(measure, job, forms[job.path], which) for job in jobs for which in ("before", "size")]
+    del forms
+    in_parallel(lambda task: task(), tasks, workers=workers)
+    del tasks
+    # Forgotten one by one, so that a factor is gone when what it solves is.
+    stacks = dict(enumerate(chain.from_iterable(prepared.pop(number) for number in sorted(prepared))))
+    solved = in_parallel(lambda number: _solve(stacks.pop(number)), list(stacks), workers=workers)
     parts: dict[str, list[_Part]] = defaultdict(list)
-    for part in chain.from_iterable(stacks):
+    for part in chain.from_iterable(solved):
         parts[part.path].append(part)
-    return {job.path: _result(known, parts[job.path]) for job, known in zip(jobs, measured, strict=True)}
+    return {
+        job.path: _result(measured[job.path, "before"], measured[job.path, "size"], parts[job.path]) for job in jobs
+    }
 
 
-def _result(known: _Measured, parts: Sequence[_Part]) -> Result:
-    error = sum(part.error for part in parts)
+def _result(before: _Measured, size: _Measured, parts: Sequence[_Part]) -> Result:
+    # To float32: how many rows were added up together, which depends on the threads, decides about digits beyond it.
+    error = torch.tensor(sum(part.error for part in parts), dtype=torch.float32).item()
     return Result(
-        Outcome(error, known.before, known.size, parts[0].damping, parts[0].dead_columns),
+        Outcome(error, before.value, size.value, parts[0].damping, parts[0].dead_columns),
         {
-            "measure": known.seconds,
+            "measure": before.seconds + size.seconds,
             "factor": sum(part.factoring for part in parts),
             "columns": sum(part.columns for part in parts),
         },
     )
+
+
+def _forms(jobs: Sequence[Job], hessians: Mapping[str, HessianStatistic]) -> dict[str, QuadraticForm]:
+    """What measures each job, by path, apart from the Hessian that factoring uses up.
+
+    In the weight's precision, where that is bfloat16: it is for people, and within some thousandths.
+    """
+    made: dict[tuple[HessianStatistic, torch.dtype], QuadraticForm] = {}
+    found: dict[str, QuadraticForm] = {}
+    for job in jobs:
+        key = hessians[job.path], torch.bfloat16 if job.weight.dtype is torch.bfloat16 else torch.float32
+        if key not in made:
+            made[key] = QuadraticForm(key[0].value(), key[1])
+        found[job.path] = made[key]
+    return found
 
 
 def _groups(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic]) -> dict[int, _Group]:
@@ -131,7 +166,7 @@ def _groups(jobs: Sequence[Job], hessians: MutableMapping[str, HessianStatistic]
     return groups
 
 
-def _prepare(group: _Group) -> list[_Stack]:
+def _prepare(group: _Group, threads: int) -> list[_Stack]:
     start, jobs = perf_counter(), group.jobs
     try:
         factored = factor(group.statistic.value(), jobs[0].options)
@@ -140,12 +175,20 @@ def _prepare(group: _Group) -> list[_Stack]:
             f"{', '.join(group.statistic.observer.consumers)} cannot be solved: {error}",
             hint="use more calibration data, a larger damping, or solver rtn",
         ) from error
+    rows = [len(job.weight) for job in jobs]
     limit = _STACKED_ROWS_DEVICE
     if factored.order.device.type == "cpu":
-        limit = min(_STACKED_ROWS, max(16, _ELEMENTS // len(factored.order) // 16 * 16))
-    stacks = stacked([job.nearest.spec for job in jobs], [len(job.weight) for job in jobs], limit)
+        limit = _stacked_rows(sum(rows), len(factored.order), threads)
+    stacks = stacked([job.nearest.spec for job in jobs], rows, limit)
     seconds = (perf_counter() - start) / len(stacks)
     return [_Stack([(jobs[index], rows) for index, rows in stack], factored, seconds) for stack in stacks]
+
+
+def _stacked_rows(rows: int, columns: int, threads: int) -> int:
+    """How many of `rows` to solve together on a CPU, a multiple of 16: all threads have as many."""
+    stacks = -(-rows // min(_STACKED_ROWS, max(16, _ELEMENTS // columns)))
+    shared = -(-stacks // threads) * threads
+    return -(-rows // (16 * shared)) * 16
 
 
 def _solve(stack: _Stack) -> list[_Part]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
@@ -88,30 +87,3 @@ def in_parallel(
         begun = {index: workers.submit(work, items[index]) for index in largest_first}
         found = {index: ready.result() for index, ready in begun.items()}
         return [found[index] for index in range(len(items))]
-
-
-def in_parallel_parts(
-    prepare: Callable[[T], Sequence[P]], work: Callable[[P], R], items: Sequence[T], *, workers: Workers
-) -> list[R]:
-    """`[work(part) for item in items for part in prepare(item)]`, side by side as in `in_parallel`.
-
-    All items are prepared first, in order; the parts of each are begun as soon as it is, and threads are free. Nothing
-    here keeps a part that is done.
-    """
-    if workers.alone:
-        return [result for item in items for result in _used_up(work, deque(prepare(item)))]
-    found: dict[int, list[Future[R]]] = {}
-    with workers.busy():
-        prepared = {workers.submit(prepare, item): index for index, item in enumerate(items)}
-        while prepared:
-            done = wait(prepared, return_when=FIRST_COMPLETED).done
-            while done:
-                ready = done.pop()
-                found[prepared.pop(ready)] = [workers.submit(work, part) for part in ready.result()]
-                del ready  # it holds what was prepared
-        return [part.result() for index in range(len(items)) for part in found[index]]
-
-
-def _used_up(work: Callable[[P], R], parts: deque[P]) -> Iterator[R]:
-    while parts:
-        yield work(parts.popleft())

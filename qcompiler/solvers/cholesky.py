@@ -12,6 +12,7 @@ from torch import Tensor
 from qcompiler.numerics import add_gram
 
 _BLOCK = 256  # `add_gram` changes nothing below the diagonal outside of blocks of this size
+_SOLVED = 64  # triangular matrices up to this size are inverted by solving
 _ELEMENTS = 2**20  # that are moved at once
 
 
@@ -34,11 +35,25 @@ def cholesky_(matrix: Tensor, diagonal: Tensor) -> bool:
         block.copy_(lower.mT)
         right = matrix[span, span.stop :]
         if right.numel():
-            right.copy_(torch.linalg.solve_triangular(lower, right, upper=False))
+            right.copy_(_inverse(lower) @ right)  # BLAS libraries solve much slower than they multiply
             add_gram(matrix[span.stop :, span.stop :], right, alpha=-1)
     for span in spans:
         matrix[span.stop :, span] = 0
     return True
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of a lower triangular matrix, by halves."""
+    size = len(lower)
+    if size <= _SOLVED:
+        solved: Tensor = torch.linalg.solve_triangular(lower, torch.eye(size, device=lower.device), upper=False)
+        return solved
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _inverse(lower[:half, :half])
+    inverse[half:, half:] = _inverse(lower[half:, half:])
+    inverse[half:, :half] = inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]).neg_()
+    return inverse
 
 
 def _restore(matrix: Tensor, spans: list[slice], own: list[Tensor]) -> None:

@@ -1,13 +1,16 @@
 """The column loop of GPTQ: round, feed the error back, and go on to the next column.
 
 What bounds it is the number of calls into torch, several per column: so columns are rows here, all that a column needs
-lies in buffers that are made once, and layers can be stacked.
+lies in buffers that are made once, and layers can be stacked. For integers the calls are made by TorchScript, for which
+threads do not wait for one another as they do for Python's lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,8 +65,8 @@ def solve(stack: Sequence[Rows], factored: Factored, block_size: int) -> Tensor:
             here = slice(first, last)
             rounding = inner.run(now, state[here], feedback[here, here], places[here])
             codes[here].copy_(inner.codes(last - first))
-            losses += rounding.square_().t() @ factored.diagonal[here]
-            losses -= state[here].square().t() @ factored.added[here]
+            losses += rounding.square_().mul_(factored.diagonal[here, None]).sum(0, dtype=losses.dtype)
+            losses -= state[here].square().mul_(factored.added[here, None]).sum(0, dtype=losses.dtype)
     _keep(codes, factored.order, stack)
     return losses
 
@@ -88,21 +91,64 @@ def _keep(codes: Tensor, order: Tensor, stack: Sequence[Rows]) -> None:
         first += part.count
 
 
+def _integers(
+    wanted: list[Tensor],
+    original: list[Tensor],
+    error: list[Tensor],
+    values: list[Tensor],
+    before: list[Tensor],
+    feedback: list[Tensor],
+    scale: list[Tensor],
+    zero: list[Tensor],
+    low: float,
+    high: float,
+) -> None:
+    """Solve columns [O], one after the other; `before` [O, n] are the errors of those before each.
+
+    `wanted` takes in the feedback; `values`, integers from `low` to `high`, and `error` are written. `zero` is empty
+    where the grid has no zero points.
+    """
+    for column in range(len(scale)):
+        want, value = wanted[column], values[column]
+        if column > 0:
+            want.addmv_(before[column], feedback[column])
+        if len(zero) > 0:
+            torch.addcdiv(zero[column], want, scale[column], out=value)
+        else:
+            torch.div(want, scale[column], out=value)
+        value.round_().clamp_(low, high)
+        if len(zero) > 0:
+            torch.addcmul(original[column], value - zero[column], scale[column], value=-1, out=error[column])
+        else:
+            torch.addcmul(original[column], value, scale[column], value=-1, out=error[column])
+
+
+@cache
+def scripted() -> Callable[..., None]:
+    """`_integers` by TorchScript; where torch has it no more, by Python: the same numbers, and threads wait.
+
+    Ask for it first where there is one thread: Python's parser is not safe in several.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what is to follow it needs a compiler where it runs
+        try:
+            found: Callable[..., None] = torch.jit.script(_integers)
+        except (AttributeError, OSError, RuntimeError):
+            return _integers
+    return found
+
+
 class _Inner:
     """Up to 32 columns, in buffers [32, O] with a view for each column and for those before it."""
 
     def __init__(self, stack: Sequence[Rows], rows: int, device: torch.device) -> None:
         self._spec = stack[0].nearest.spec
-        self._integer = self._spec.type == "int"
-        self._low, self._high = code_range(self._spec)
         self._scale, self._zero, self._wide = _grid(stack)
         self._wanted, self._original, self._error, self._values = torch.empty(4, _INNER, rows, device=device).unbind()
-        self._steps = torch.empty(rows, device=device)
         self._feedback = torch.empty(_INNER, _INNER, device=device)
-        by_column = (b.unbind() for b in (self._wanted, self._original, self._error, self._values, self._feedback))
-        before = [self._error[:column].t() for column in range(_INNER)]
-        self._columns = [(*views, earlier) for *views, earlier in zip(*by_column, before, strict=True)]
-        self._fed = [row[:column] for column, row in enumerate(self._feedback.unbind())]
+        self._columns = [list(b.unbind()) for b in (self._wanted, self._original, self._error, self._values)]
+        self._columns.append([self._error[:column].t() for column in range(_INNER)])
+        self._columns.append([row[:column] for column, row in enumerate(self._feedback.unbind())])
 
     def run(self, wanted: Tensor, state: Tensor, feedback: Tensor, places: Sequence[int]) -> Tensor:
         """Solve these columns: `state` [n, O] goes from weights to their errors. The rounding errors, in a buffer."""
@@ -110,31 +156,25 @@ class _Inner:
         self._wanted[:count].copy_(wanted)
         self._original[:count].copy_(state)
         self._feedback[:count, :count].copy_(feedback.t())
-        steps = self._steps
-        for column, place in enumerate(places):
-            want, original, error, value, _, earlier = self._columns[column]
-            if column:
-                want.addmv_(earlier, self._fed[column])
-            scale = self._scale[place // self._wide]
-            if self._zero is None:
-                torch.div(want, scale, out=value)
-                self._round(value)
-                torch.addcmul(original, value, scale, value=-1, out=error)
-            else:
-                zero = self._zero[place // self._wide]
-                torch.addcdiv(zero, want, scale, out=value)
-                self._round(value)
-                torch.sub(value, zero, out=steps)
-                torch.addcmul(original, steps, scale, value=-1, out=error)
+        spans = [place // self._wide for place in places]
+        scale = [self._scale[span] for span in spans]
+        zero = [self._zero[span] for span in spans] if self._zero is not None else []
+        if self._spec.type == "int":
+            scripted()(*self._columns, scale, zero, *code_range(self._spec))
+        else:
+            self._floats(scale)
         state.copy_(self._error[:count])
         # wanted - rounded, where rounded = original - error
         return self._wanted[:count].sub_(self._original[:count]).add_(self._error[:count])
 
-    def _round(self, value: Tensor) -> None:
-        if self._integer:
-            value.round_().clamp_(self._low, self._high)
-        else:
+    def _floats(self, scale: Sequence[Tensor]) -> None:
+        """As `_integers`, for formats of floats, which have no zero points."""
+        for step, want, original, error, value, before, feedback in zip(scale, *self._columns, strict=False):
+            if len(feedback):
+                want.addmv_(before, feedback)
+            torch.div(want, step, out=value)
             value.copy_(round_to_values(value, self._spec))
+            torch.addcmul(original, value, step, value=-1, out=error)
 
     def codes(self, count: int) -> Tensor:
         """The codes of the columns that were solved last, [n, O]."""

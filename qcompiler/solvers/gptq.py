@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompiler.numerics import QuantizedTensor, difference, quadratic_form
 from qcompiler.solvers.cholesky import cholesky_, reorder_, reverse_
 from qcompiler.solvers.columns import Rows, solve
 from qcompiler.solvers.options import MAX_DAMPING, GptqOptions
@@ -94,21 +93,23 @@ def gptq(stack: Sequence[Rows], factored: Factored, options: GptqOptions) -> lis
 
 
 def stacked(keys: Sequence[Hashable], rows: Sequence[int], limit: int) -> list[list[tuple[int, slice]]]:
-    """Which rows to solve together: of layers (by index) of one key, in order, as many as have `limit` rows in all.
+    """Which rows to solve together: of layers (by index) of one key, in order, `limit` at a time.
 
-    A layer with more rows is cut. Solving is then balanced over threads, and its memory that of so many rows.
+    Layers are cut where that needs it: so solving is balanced over threads, and its memory that of so many rows.
     """
     stacks: list[list[tuple[int, slice]]] = []
     open_: dict[Hashable, tuple[list[tuple[int, slice]], int]] = {}
     for index, (key, count) in enumerate(zip(keys, rows, strict=True)):
-        for first in range(0, count, limit):
-            part = slice(first, min(first + limit, count))
+        first = 0
+        while first < count:
             stack, height = open_.get(key, ([], limit))
-            if height + part.stop - first > limit:
+            if height == limit:
                 stack, height = [], 0
                 stacks.append(stack)
-            stack.append((index, part))
-            open_[key] = stack, height + part.stop - first
+            last = min(first + limit - height, count)
+            stack.append((index, slice(first, last)))
+            open_[key] = stack, height + last - first
+            first = last
     return stacks
 
 
@@ -116,20 +117,3 @@ def _order(hessian: Tensor, options: GptqOptions) -> Tensor:
     if options.order == "natural":
         return torch.arange(len(hessian), device=hessian.device)
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-
-
-def output_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T): the squared error of the layer's output, summed over what the Hessian saw.
-
-    In the weight's precision, where that is bfloat16: it is for people, and within some thousandths.
-    """
-    return quadratic_form(difference(weight, quantized, _precision(weight)), hessian)
-
-
-def output_size(weight: Tensor, hessian: Tensor) -> float:
-    """tr(W H W^T): the squared output of the layer, summed over what the Hessian saw; as precise as `output_error`."""
-    return quadratic_form(weight.to(_precision(weight)), hessian)
-
-
-def _precision(weight: Tensor) -> torch.dtype:
-    return torch.bfloat16 if weight.dtype is torch.bfloat16 else torch.float32

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qcompiler.numerics import quadratic_form, weight_amax
+from qcompiler.numerics import QuadraticForm, weight_amax
 from qcompiler.numerics.tensor import pieces
 from qcompiler.scheme import QuantSpec, Strategy
 from qcompiler.transforms.options import AwqOptions
@@ -85,7 +85,7 @@ def search(
     """The scale of the grid under which the rounded `weights` (each [O_k, I]) change the outputs least.
 
     The error is the sum over weights of tr(D H D^T), D = W - Q(W s) / s; that of no scale is among those compared, so
-    the choice is never worse. Of bfloat16 weights, D is multiplied in bfloat16 (see `quadratic_form`). `mean_abs`
+    the choice is never worse. Of bfloat16 weights, D is multiplied in bfloat16 (see `QuadraticForm`). `mean_abs`
     float32 [I] is mean |X_j|, `hessian` float32 [I, I] is X^T X, `specs` are what the weights are rounded to, and
     channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32 and rounded to its dtype once, as
     it will be when the scale is folded. `each` may compute errors side by side: they do not depend on one another.
@@ -96,14 +96,13 @@ def search(
         raise ValueError("the mean activations have NaN or infinite values")
     activations = tied_mean(mean_abs.float(), ties)
     magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
-    if weights[0].dtype is torch.bfloat16:
-        hessian = hessian.bfloat16()  # once, and not for every few rows
-    whole = _Errors(weights, specs, hessian, quantize)
+    form = QuadraticForm(hessian, torch.bfloat16 if weights[0].dtype is torch.bfloat16 else torch.float32)
+    whole = _Errors(weights, specs, form, quantize)
     if not whole.apart:
         each = _in_turn  # a whole weight in float32 at a time, and not one for each thread
     candidates = [(candidate, _scale(candidate, activations, magnitudes)) for candidate in _candidates(options)]
     if whole.apart and sum(map(len, weights)) >= _MANY_ROWS:
-        some = _Errors([_largest_rows(weight) for weight in weights], specs, hessian, quantize)
+        some = _Errors([_largest_rows(weight) for weight in weights], specs, form, quantize)
         errors = each(some.of, [scale for _, scale in candidates])
         nearest = sorted(range(len(candidates)), key=errors.__getitem__)[:_FINALISTS]
         candidates = [candidates[index] for index in nearest]
@@ -171,10 +170,10 @@ class _Errors:
     """Squared output errors of weights under a scale: see `search`."""
 
     def __init__(
-        self, weights: Sequence[Tensor], specs: Sequence[QuantSpec], hessian: Tensor, quantize: Quantize
+        self, weights: Sequence[Tensor], specs: Sequence[QuantSpec], form: QuadraticForm, quantize: Quantize
     ) -> None:
         self._weights = weights
-        self._hessian = hessian
+        self._form = form
         self._quantize = quantize
         self.apart = all(spec.strategy in _APART for spec in specs)
 
@@ -188,7 +187,7 @@ class _Errors:
             for part in torch.split(weight, rows):
                 difference = self._quantize(which, rescaled(part, scale), scale).float().div_(scale).sub_(part)
                 for some in torch.split(difference, _ROWS):
-                    total += quadratic_form(some.to(self._hessian.dtype), self._hessian)
+                    total += self._form.of(some.to(self._form.dtype))
                     if total >= limit:
                         return total
         return total
