@@ -15,7 +15,7 @@ from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.observers import observers
 from qcompiler.patterns.place import tell_blocked
 from qcompiler.pipeline import Context, PartitionStep, StreamingPass
-from qcompiler.runtime.solve import SolveStep, solved_by, uses
+from qcompiler.runtime.solve import Propagation, SolveStep, solved_by, uses
 from qcompiler.select import Select
 
 
@@ -31,7 +31,8 @@ class Calibrate(StreamingPass):
     same terms in another order: scales that come of weights alone stay equal, and what data decides may differ in the
     last bit, and so a code here and there.
 
-    Later partitions see what earlier ones became; with `propagate: false`, what they were.
+    What comes after a linear sees it rounded, whether in its layer or in later ones; with `propagate: layer` only later
+    layers do, and with `propagate: false` none.
 
     A pipeline may have several, each a run of its own over the data, that starts from the model as the one before left
     it: `select` and `algorithms` (such as `awq`, `gptq`, `smoothquant+gptq`) say which linears are its own, and
@@ -43,7 +44,7 @@ class Calibrate(StreamingPass):
     ensures: ClassVar[Stage] = Stage.CALIBRATED
 
     scales: Literal["minmax", "mse", "importance"] = "minmax"
-    propagate: bool = True
+    propagate: Propagation = True
     select: tuple[Select, ...] = ()
     algorithms: tuple[str, ...] = ()
     calibration: CalibrationSpec | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -87,21 +87,35 @@ class StreamingPass(Pass):
 
     @abstractmethod
     def begin(self, graph: Graph, context: Context) -> PartitionStep:
-        """Start a sweep; the step is called once per partition, in order."""
+        """Start a sweep; the step is called for each partition, in order."""
 
 
-class PartitionStep(ABC):
-    """One sweep of one streaming pass. `propagates`: later partitions are to see what this one became."""
+class PartitionStep:
+    """One sweep of one streaming pass.
 
+    `solves`: it rounds linears, in `segment`. `propagates`: later partitions are to see what it rounds. For each
+    partition `segment` is called for each of its segments (see `PartitionWork`); and `partition` once: of steps before
+    the one that solves before all segments, of the others after them.
+    """
+
+    solves: bool = False
     propagates: bool = True
 
     def uses(self, observer: AnyObserver) -> bool:
         """Whether this step needs what an observer collects: what no step needs is not collected."""
         return True
 
-    @abstractmethod
+    def rounds(self, path: str) -> bool:
+        """Whether `segment` rounds the linear at a path, and what comes after it in its partition is to see it so."""
+        return False
+
+    def segment(self, work: PartitionWork) -> None:
+        """Do this pass's part for `work.segment`, before what comes after it is observed."""
+        return
+
     def partition(self, work: PartitionWork) -> None:
-        """Do this pass's part for one partition."""
+        """Do this pass's part for a whole partition."""
+        return
 
     def finish(self) -> None:
         """After the last partition: what is left to do for the whole graph."""
@@ -133,22 +147,24 @@ class Statistics:
     Hessians are large: the step that solves by them takes them out.
     """
 
-    ranges: Mapping[str, Statistic] = field(default_factory=dict)
+    ranges: MutableMapping[str, Statistic] = field(default_factory=dict)
     hessians: MutableMapping[str, HessianStatistic] = field(default_factory=dict)
-    channels: Mapping[str, ChannelStatistic] = field(default_factory=dict)
+    channels: MutableMapping[str, ChannelStatistic] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class PartitionWork:
-    """What a step sees of one partition.
+    """What a step sees of one partition, and of `segment`: those of its nodes that are solved together.
 
-    `weights` are its parameters and buffers by path, in the model's dtype, on the device, read when asked for.
-    `statistics` are what observers collected. Steps fill `solved` (by module path) and `caches` (scales of keys and
-    values, by observer), and name in `altered` the weights that they replaced and that stay dense. `workers` are the
-    sweep's threads. `spent` is what a step's seconds went to, by name; of work side by side, its share of them.
+    A partition has several segments where linears are solved on inputs that others, solved before, give. `weights` are
+    its parameters and buffers by path, in the model's dtype, on the device, read when asked for. `statistics` are what
+    observers collected so far. Steps fill `solved` (by module path) and `caches` (scales of keys and values, by
+    observer), and name in `altered` the weights that they replaced and that stay dense. `workers` are the sweep's
+    threads. `spent` is what a step's seconds went to, by name; of work side by side, its share of them.
     """
 
     partition: Partition
+    segment: Partition
     weights: LazyWeights
     workers: Workers
     statistics: Statistics = field(default_factory=Statistics)

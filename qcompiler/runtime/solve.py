@@ -34,6 +34,8 @@ from qcompiler.runtime.transform import Measured, Transformed, transform
 from qcompiler.transforms.options import AwqOptions
 
 ScaleChoice = Literal["minmax", "mse", "importance"]
+Propagation = Literal["layer"] | bool
+"""Who sees what is rounded: all that comes after it (True), other partitions than its own, or nobody."""
 Item = tuple[Node, Quant]
 S = TypeVar("S", Statistic, HessianStatistic, ChannelStatistic)
 
@@ -53,20 +55,28 @@ def uses(observer: AnyObserver, solved: frozenset[str]) -> bool:
 class SolveStep(PartitionStep):
     """Solves the linears of one run: those whose `Quant.run` is `run`."""
 
-    def __init__(self, graph: Graph, context: Context, *, run: int, scales: ScaleChoice, propagate: bool) -> None:
+    solves = True
+
+    def __init__(
+        self, graph: Graph, context: Context, *, run: int, scales: ScaleChoice, propagate: Propagation
+    ) -> None:
         self._context = context
         self._run = run
         self._scales = scales
         self._begun: set[str] = set()
         self._damped: dict[tuple[float, float], list[str]] = defaultdict(list)  # by what was asked and what it took
         self._mine = solved_by(graph, run)
-        self.propagates = propagate
+        self.propagates = bool(propagate)
+        self._within = propagate is True
 
     def uses(self, observer: AnyObserver) -> bool:
         return uses(observer, self._mine)
 
-    def partition(self, work: PartitionWork) -> None:
-        todo = [(node, quant) for node in work.partition.nodes if (quant := self._todo(node)) is not None]
+    def rounds(self, path: str) -> bool:
+        return self._within and path in self._mine
+
+    def segment(self, work: PartitionWork) -> None:
+        todo = [(node, quant) for node in work.segment.nodes if (quant := self._todo(node)) is not None]
         ranges = _by_consumer(s for s in work.statistics.ranges.values() if s.observer.purpose == "input")
         hessians = _by_consumer(work.statistics.hessians.values())
         channels = _by_consumer(work.statistics.channels.values())
@@ -100,7 +110,7 @@ class SolveStep(PartitionStep):
             work.altered.discard(f"{path}.weight")
             self._tell(path, quant, found, seconds, results.get(path))
         for statistic in work.statistics.ranges.values():
-            if statistic.observer.purpose != "input":
+            if statistic.observer.purpose != "input" and statistic.observer not in work.caches:
                 work.caches[statistic.observer], _ = statistic.qparams(self._context.source.dtype)
 
     def finish(self) -> None:
@@ -131,7 +141,7 @@ class SolveStep(PartitionStep):
         def nearest(path: str, weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
             return self._nearest(path, weight, quants[path], global_scale, None)
 
-        for rescale in rescales(work.partition.nodes):
+        for rescale in rescales(work.segment.nodes):
             asked = tuple(path for path in rescale.asked if path in quants)
             if not asked or blocked(rescale, work.solved):
                 continue

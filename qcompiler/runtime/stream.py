@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompiler.data.batches import TokenBatch
-from qcompiler.ir.fx import Node, is_op, mutates
+from qcompiler.ir.fx import Node, is_op, mutates, value
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.runtime.attention import attend_causally, is_causal, mask_of
 from qcompiler.runtime.evaluate import Handler, evaluate
+from qcompiler.runtime.shelf import Shelf
 
 Handlers = Callable[[TokenBatch], Mapping[Any, Handler]]
 """What evaluates nodes in place of their targets, for one batch."""
@@ -32,18 +34,40 @@ def depends_on_tokens(graph: Graph) -> set[Node]:
     return found
 
 
+def widths(graph: Graph, parts: Sequence[Partition]) -> list[int]:
+    """Bytes per token of what crosses the end of each part, of values that depend on the tokens."""
+    tokens = depends_on_tokens(graph)
+    last_reader = {node: index for index, part in enumerate(parts) for node in part.reads}
+    found = [0] * len(parts)
+    for first, part in enumerate(parts):
+        for node in part.writes:
+            tensor = value(node)
+            if node in tokens and isinstance(tensor, Tensor):
+                size = prod(side for side in tensor.shape if isinstance(side, int)) * tensor.dtype.itemsize
+                for index in range(first, last_reader.get(node, first)):
+                    found[index] += size
+    return found
+
+
 class Stream:
     """The batches on their way through the partitions.
 
     Values that depend on the tokens are kept for every batch; those that depend on the shape alone are computed and
-    kept once per shape. Everything waits on the host, in the dtype that the graph gives it. Attention whose mask is
-    of the shape alone, and the plain causal one, is computed without it.
+    kept once per shape. Everything waits on the host, in the dtype that the graph gives it: on the `shelf`, where there
+    is one, else in memory. Attention whose mask is of the shape alone, and the plain causal one, is computed without
+    it.
     """
 
     def __init__(
-        self, graph: Graph, parts: Sequence[Partition], batches: Sequence[TokenBatch], device: torch.device
+        self,
+        graph: Graph,
+        parts: Sequence[Partition],
+        batches: Sequence[TokenBatch],
+        device: torch.device,
+        shelf: Shelf | None = None,
     ) -> None:
         self._graph = graph
+        self._shelf = shelf
         self._batches = batches
         self.device = device
         self._tokens = depends_on_tokens(graph)
@@ -64,12 +88,17 @@ class Stream:
         return dtype
 
     def run(
-        self, part: Partition, nodes: Sequence[Node], weights: Mapping[str, Tensor], handlers: Handlers, *, keep: bool
+        self,
+        part: Partition,
+        nodes: Sequence[Node],
+        weights: Mapping[str, Tensor],
+        handlers: Handlers,
+        *,
+        keep: bool,
     ) -> None:
-        """Run every batch through `nodes` of `part`; `keep` what later partitions read, let go of what none does."""
+        """Run every batch through `nodes`, up to the end of `part`; `keep` what later parts read, and nothing else."""
         index = self._index[part.name]
-        run = set(nodes)
-        later = [node for node in part.writes if node in run and self._last_reader.get(node, -1) > index]
+        later = [node for node in nodes if self._last_reader.get(node, -1) > index]
         by_tokens = [node for node in nodes if node in self._tokens]
         by_shape = [node for node in nodes if node not in self._tokens]
         wanted = {node for node in by_shape if any(user in self._tokens for user in node.users)} | {
@@ -80,11 +109,14 @@ class Stream:
             values = {**shared, self._graph.input: example.input_ids}
             shared |= self._evaluate(by_shape, values, weights, wanted, {})
         attention = {shape: self._causal_attention(by_tokens, shape) for shape in self._shared}
+        kept = [node for node in later if node in self._tokens] if keep else []
+        needed = {source for node in by_tokens for source in node.all_input_nodes}
         for batch, own in zip(self._batches, self._values, strict=True):
-            values = {**self._shared[batch.input_ids.shape], **own}
-            kept = [node for node in later if node in self._tokens] if keep else []
+            values = dict(self._shared[batch.input_ids.shape])
+            values |= {node: self._fetch(kept) for node, kept in own.items() if node in needed}
             special = {**attention[batch.input_ids.shape], **handlers(batch)}
-            own |= self._evaluate(by_tokens, values, weights, kept, special)
+            found = self._evaluate(by_tokens, values, weights, kept, special)
+            own |= {node: self._keep(result) for node, result in found.items()}
             if keep:
                 self._forget(own, index)
         if keep:
@@ -106,7 +138,15 @@ class Stream:
 
     def _forget(self, values: dict[Node, Any], index: int) -> None:
         for node in [n for n in values if self._last_reader.get(n, -1) <= index]:
-            del values[node]
+            gone = values.pop(node)
+            if self._shelf is not None:
+                self._shelf.drop(gone)
+
+    def _keep(self, value: Any) -> Any:
+        return self._shelf.put(value) if self._shelf is not None else value
+
+    def _fetch(self, value: Any) -> Any:
+        return self._shelf.get(value) if self._shelf is not None else value
 
     def _evaluate(
         self,
@@ -131,7 +171,7 @@ class Stream:
 
     def outputs(self) -> list[Tensor]:
         """The logits of every batch, once the last partition was run with `keep`."""
-        return [values[self._graph.output] for values in self._values]
+        return [self._fetch(values[self._graph.output]) for values in self._values]
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -35,9 +35,9 @@ def weighed(source: Path) -> Result:
     )
 
 
-def inputs(source: Path) -> dict[str, Tensor]:
-    """What enters the linears of the first layer, by running the model."""
-    model = AutoModelForCausalLM.from_pretrained(source)
+def inputs(compiled: Path) -> dict[str, Tensor]:
+    """What enters the linears of the first layer, by running what was compiled: each sees those before it rounded."""
+    model = AutoModelForCausalLM.from_pretrained(compiled)
     seen: dict[str, list[Tensor]] = {}
     for path, module in model.named_modules():
         if path.startswith("model.layers.0.") and isinstance(module, torch.nn.Linear):
@@ -51,7 +51,7 @@ def inputs(source: Path) -> dict[str, Tensor]:
 
 
 def test_scales_are_those_of_a_search_weighed_by_the_inputs(source: Path, weighed: Result) -> None:
-    found, dense, seen = stored(weighed.output), stored(source), inputs(source)
+    found, dense, seen = stored(weighed.output), stored(source), inputs(weighed.output)
     spec = Scheme.model_validate(INT4_ASYM).weights
     assert len(seen) == 7
     plain = 0

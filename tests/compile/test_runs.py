@@ -162,12 +162,12 @@ def test_an_algorithm_that_no_linear_has_gets_no_run_of_its_own(
     assert said in [note.text for note in planned.report.notes]
 
 
-# --- propagate: false -------------------------------------------------------------------------------------------------
+# --- propagate --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A compilation, and how often each partition was run over the batches."""
+    """A compilation, and how often each partition, or segment of one, was run over the batches."""
 
     output: Path
     forward: Counter[str]
@@ -179,11 +179,11 @@ RULES = (COARSE, SECOND)
 
 
 @pytest.fixture(scope="module")
-def propagated(source: Path) -> dict[bool, Counted]:
-    """Coarse attention and MLPs by GPTQ, with and without propagation."""
-    found: dict[bool, Counted] = {}
+def propagated(source: Path) -> dict[bool | str, Counted]:
+    """Coarse attention and MLPs by GPTQ, with propagation everywhere, from layer to layer, and without."""
+    found: dict[bool | str, Counted] = {}
     run = Stream.run
-    for propagate in (True, False):
+    for propagate in (True, "layer", False):
         forward: Counter[str] = Counter()
 
         def counting(self: Stream, part: Any, *args: Any, forward: Counter[str] = forward, **options: Any) -> None:
@@ -199,31 +199,56 @@ def propagated(source: Path) -> dict[bool, Counted]:
 
 
 def test_without_propagation_later_layers_see_what_the_dense_model_computes(
-    source: Path, propagated: dict[bool, Counted], tmp_path: Path
+    source: Path, propagated: dict[bool | str, Counted], tmp_path: Path
 ) -> None:
     alone = compiled(source, tmp_path / "alone", pipeline(SECOND, runs=({"propagate": False},))).output
     assert not differing(propagated[False].output, alone, "mlp")
-    assert not differing(propagated[False].output, propagated[True].output, "self_attn")  # rounded without data
-    changed = differing(propagated[False].output, propagated[True].output, "mlp")
-    assert {name.split(".")[2] for name in changed} == {"1"}  # nothing is rounded before the first layer
+    for way, layers in ((True, {"0", "1"}), ("layer", {"1"})):
+        assert not differing(propagated[False].output, propagated[way].output, "self_attn")  # rounded without data
+        changed = differing(propagated[False].output, propagated[way].output, "mlp")
+        assert {name.split(".")[2] for name in changed} == layers
 
 
-def test_with_propagation_later_layers_see_what_earlier_ones_became(
-    source: Path, propagated: dict[bool, Counted], tmp_path: Path
+def test_by_layers_later_layers_see_what_earlier_ones_became(
+    source: Path, propagated: dict[bool | str, Counted], tmp_path: Path
 ) -> None:
     """The second layer's MLP is that of a model whose first layer was rounded before."""
-    first = pipeline(*(rule({**r["select"], "layers": 0}, r["scheme"], solver=r.get("solver", "rtn")) for r in RULES))
+    by_layers: dict[str, Any] = {"propagate": "layer"}
+    first = pipeline(
+        *(rule({**r["select"], "layers": 0}, r["scheme"], solver=r.get("solver", "rtn")) for r in RULES),
+        runs=(by_layers,),
+    )
     left = dense_again(compiled(source, tmp_path / "first", first).output, source, tmp_path / "left")
-    second = pipeline(rule({**MLP, "layers": 1}, INT4, solver="gptq"))
+    second = pipeline(rule({**MLP, "layers": 1}, INT4, solver="gptq"), runs=(by_layers,))
     alone = compiled(left, tmp_path / "alone", second).output
-    assert not differing(propagated[True].output, alone, "layers.1.mlp")
+    assert not differing(propagated["layer"].output, alone, "layers.1.mlp")
 
 
-RULES = (COARSE, SECOND)
+def test_with_propagation_every_linear_sees_what_those_before_it_became(
+    source: Path, propagated: dict[bool | str, Counted], tmp_path: Path
+) -> None:
+    """Each one's oracle is a model in which all that comes before it was rounded before."""
+    steps = (
+        (rule({**ATTENTION, "layers": 0}, COARSE["scheme"]), "layers.0.self_attn"),
+        (rule({"structure": "mlp-input", "layers": 0}, INT4, solver="gptq"), "layers.0.mlp.gate_proj"),
+        (rule({"structure": "mlp-output", "layers": 0}, INT4, solver="gptq"), "layers.0.mlp.down_proj"),
+        (rule({**ATTENTION, "layers": 1}, COARSE["scheme"]), "layers.1.self_attn"),
+        (rule({"structure": "mlp-input", "layers": 1}, INT4, solver="gptq"), "layers.1.mlp.up_proj"),
+        (rule({"structure": "mlp-output", "layers": 1}, INT4, solver="gptq"), "layers.1.mlp.down_proj"),
+    )
+    left = source
+    for number, (one, name) in enumerate(steps):
+        alone = compiled(left, tmp_path / f"step-{number}", pipeline(one)).output
+        assert not differing(propagated[True].output, alone, name), name
+        left = dense_again(alone, left, tmp_path / f"left-{number}")
 
 
-def test_propagation_costs_one_run_of_each_partition(propagated: dict[bool, Counted]) -> None:
-    assert propagated[True].forward == {"inputs": 1, "layer 0": 2, "layer 1": 1}
+def test_propagation_costs_one_run_of_each_partition_or_none(propagated: dict[bool | str, Counted]) -> None:
+    """A segment is run up to its observers, which is little, and once through; a whole layer is run twice."""
+    runs = {1: 1, 2: 2, 3: 2}  # nothing is observed in the first, which is rounded without data
+    segments = {f"layer {layer}, segment {segment}": count for layer in (0, 1) for segment, count in runs.items()}
+    assert propagated[True].forward == {"inputs": 1, **segments, "layer 1, segment 3": 1}
+    assert propagated["layer"].forward == {"inputs": 1, "layer 0": 2, "layer 1": 1}
     assert propagated[False].forward == {"inputs": 1, "layer 0": 1, "layer 1": 1}
     assert "forward: propagate" in propagated[True].timings
     assert "forward: propagate" not in propagated[False].timings

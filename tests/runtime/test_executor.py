@@ -25,7 +25,16 @@ from qcompiler.report import Report
 from qcompiler.runtime.executor import sweep
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.source import open_model
-from tests.compile.tiny import ATTENTION, EVERYWHERE, MLP, pipeline, rule, save_tiny, stored, token_rows
+from tests.compile.tiny import (
+    ATTENTION,
+    EVERYWHERE,
+    MLP,
+    pipeline,
+    rule,
+    save_tiny,
+    stored,
+    token_rows,
+)
 
 LAYER_0 = {"layers": 0}
 INT8_INPUTS = {
@@ -319,18 +328,27 @@ def test_statistics_of_a_layer_are_those_after_the_quantized_ones_before_it(
     assert max(difference.values()) > 0.02
 
 
-def test_within_a_layer_statistics_are_those_of_dense_weights(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("propagate", [True, "layer"])
+def test_within_a_layer_statistics_are_those_after_rounded_weights_or_dense_ones(
+    propagate: bool | str, llama: Path, tmp_path: Path
+) -> None:
     rows = [row["input_ids"] for row in token_rows(4)]
     sampling = CalibrationSpec(sequence_length=32, samples=4, shuffle=False)
     data = load_calibration(sampling, None, vocab_size=320, rows=rows)
     result = qcompiler.compile(
         llama,
-        pipeline=pipeline(rule({**ATTENTION, **LAYER_0}, "FP8"), rule({**MLP, **LAYER_0}, "FP8")),
+        pipeline=pipeline(
+            rule({**ATTENTION, **LAYER_0}, "FP8"), rule({**MLP, **LAYER_0}, "FP8"), runs=({"propagate": propagate},)
+        ),
         output=tmp_path / "output",
         calibration=rows,
         sampling=sampling,
     )
-    hooked = linear_inputs(loaded(llama), data)
-    for path, scale in input_scales(result.output).items():
-        assert scale == pytest.approx(max(map(abs, spread(hooked[path]))) / 448, rel=1e-6)
+    seen = {way: linear_inputs(loaded(folder), data) for way, folder in ((True, result.output), ("layer", llama))}
+    expected = {
+        way: {path: max(map(abs, spread(hooked[path]))) / 448 for path in input_scales(result.output)}
+        for way, hooked in seen.items()
+    }
+    assert input_scales(result.output) == pytest.approx(expected[propagate], rel=1e-5)
+    assert expected[True] != pytest.approx(expected["layer"], rel=1e-3)
     assert len(input_scales(result.output)) == 7

@@ -46,8 +46,10 @@ def test_the_search_rounds_by_the_global_scale_that_fused_linears_will_share() -
         asked.append((path, weight, global_scale))
         return quantize_weight(weight, scheme.weights, scale_dtype=torch.bfloat16, global_scale=global_scale)
 
+    part = Partition("layer 0", 0, (), (), ())
     work = PartitionWork(
-        Partition("layer 0", 0, (), (), ()),
+        part,
+        part,
         {**before, "norm.weight": torch.ones(32).bfloat16()},
         Workers(torch.device("cpu")),
     )  # type: ignore[arg-type]

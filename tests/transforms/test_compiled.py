@@ -87,7 +87,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         made.append(
             qcompiler.compile(
                 folder / "source",
-                pipeline=pipeline(*rules),
+                pipeline=pipeline(*rules, runs=({"propagate": "layer"},)),  # the oracle is the dense layer
                 output=folder / transforms[0],
                 calibration=ROWS,
                 sampling=IN_ORDER,
