@@ -1,15 +1,17 @@
-"""Two checkpoints of one dense model, by one measure: output errors per linear under one Hessian, and KL divergence.
+"""Two checkpoints of one dense model by one measure: output errors per linear, and KL divergence.
 
     python tools/bench/fidelity.py DENSE OURS THEIRS [--tokens 32x256 | --text FILE]
 
-Output errors are ||(W - Q) X||^2 / ||W X||^2 with the dense model's own inputs X, of linears whose inputs no transform
-rescaled. The 95% interval of the difference of KL divergences is a paired bootstrap over sequences.
+Output errors are ||(W - Q) X||^2 / ||W X||^2, of linears whose inputs no transform rescaled: with the dense model's own
+inputs X, and with those that the two checkpoints see when they are served, half of X from each. The 95% interval of the
+difference of KL divergences is a paired bootstrap over sequences.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -36,18 +38,10 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     rows = _rows(options)
     dense = load(options.dense)
-    hessians = _hessians(dense, rows)
     models = {"ours": load(options.ours), "theirs": load(options.theirs)}
-    errors = {name: _errors(dense, model, hessians) for name, model in models.items()}
-    shared = [path for path in errors["ours"] if path in errors["theirs"]]
-    if shared:
-        ours, theirs = (mean(errors[name][path] for path in shared) for name in models)
-        worst = max(shared, key=lambda path: errors["ours"][path] / max(errors["theirs"][path], 1e-30))
-        ratio = errors["ours"][worst] / max(errors["theirs"][worst], 1e-30)
-        print(
-            f"  output error over {len(shared)} linears: ours {ours:.4e}, theirs {theirs:.4e}, "
-            f"ratio {ours / theirs:.4f}, largest {ratio:.4f} ({worst})"
-        )
+    if not any(_rescaled(dense, model) for model in models.values()):
+        _tell_errors("dense inputs", dense, models, _hessians([dense], rows))
+        _tell_errors("served inputs", dense, models, _hessians(models.values(), rows))
     divergences = {name: torch.tensor(_divergences(dense, model, rows)) for name, model in models.items()}
     difference = divergences["ours"] - divergences["theirs"]
     generator = torch.Generator().manual_seed(0)
@@ -58,6 +52,20 @@ def main() -> None:
         f"  KL to dense: ours {means['ours']:.5f}, theirs {means['theirs']:.5f}, "
         f"difference {float(difference.mean()):+.5f}, 95% interval {low:+.5f} to {high:+.5f}",
         flush=True,
+    )
+
+
+def _tell_errors(
+    inputs: str, dense: PreTrainedModel, models: Mapping[str, PreTrainedModel], hessians: Mapping[str, Tensor]
+) -> None:
+    errors = {name: _errors(dense, model, hessians) for name, model in models.items()}
+    shared = [path for path in errors["ours"] if path in errors["theirs"]]
+    ours, theirs = (mean(errors[name][path] for path in shared) for name in models)
+    worst = max(shared, key=lambda path: errors["ours"][path] / max(errors["theirs"][path], 1e-30))
+    ratio = errors["ours"][worst] / max(errors["theirs"][worst], 1e-30)
+    print(
+        f"  output error over {len(shared)} linears, {inputs}: ours {ours:.4e}, theirs {theirs:.4e}, "
+        f"ratio {ours / theirs:.4f}, largest {ratio:.4f} ({worst})"
     )
 
 
@@ -105,28 +113,28 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _hessians(dense: nn.Module, rows: list[list[int]]) -> dict[str, Tensor]:
+def _hessians(models: Iterable[nn.Module], rows: list[list[int]]) -> dict[str, Tensor]:
+    """X^T X over the inputs of each linear, summed over the models."""
     found: dict[str, Tensor] = {}
-    handles = []
-    for path, module in _linears(dense).items():
+    for model in models:
+        handles = []
+        for path, module in _linears(model).items():
 
-        def collect(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            found[path] = found[path].addmm_(x.t(), x) if path in found else x.t() @ x
+            def collect(_: nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
+                x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+                found[path] = found[path].addmm_(x.t(), x) if path in found else x.t() @ x
 
-        handles.append(module.register_forward_pre_hook(collect))
-    with torch.no_grad():
-        for row in rows:
-            dense(torch.tensor([row]))
-    for handle in handles:
-        handle.remove()
+            handles.append(module.register_forward_pre_hook(collect))
+        with torch.no_grad():
+            for row in rows:
+                model(torch.tensor([row]))
+        for handle in handles:
+            handle.remove()
     return found
 
 
-def _errors(dense: nn.Module, model: nn.Module, hessians: dict[str, Tensor]) -> dict[str, float]:
-    """By path, of linears that are quantized, and whose producers are what they were."""
-    if _rescaled(dense, model):
-        return {}
+def _errors(dense: nn.Module, model: nn.Module, hessians: Mapping[str, Tensor]) -> dict[str, float]:
+    """By path, of linears that are quantized."""
     found: dict[str, float] = {}
     solved = _linears(model)
     for path, module in _linears(dense).items():

@@ -23,8 +23,9 @@ from solvers import HERE, MODELS, random_model
 from qcompiler.compiler import plan
 from qcompiler.ir.annotations import HessianObserver, Leaf, get, get_quant, need, observed
 from qcompiler.ir.fx import Node, ancestors
-from qcompiler.ir.graph import Graph
+from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.partition import partitions
+from qcompiler.runtime.segments import segments
 
 NARROW = ("forward: collect", "forward: propagate", "solve: measure")
 """What multiplies in the model's dtype."""
@@ -67,26 +68,31 @@ def rate(dtype: torch.dtype) -> float:
 
 def operations(graph: Graph, tokens: int) -> Counter[str]:
     """Of a pipeline's one sweep, by the part of its time. As the executor runs them: see `qcompiler/runtime`."""
-    found: Counter[str] = Counter()
-    watched = [[node for node in part.nodes if observed(node) is not None] for part in partitions(graph)]
-    last = max(index for index, nodes in enumerate(watched) if nodes)
-    for index, (part, observers) in enumerate(zip(partitions(graph), watched, strict=True)):
-        needed = ancestors(observers)
+    work: Counter[str] = Counter()
+    rounded = {leaf.path for node, leaf in graph.linears() if (quant := get_quant(node)) and quant.scheme}
+    order: list[tuple[Partition, set[Node]]] = []
+    for part in partitions(graph):
+        observers = {node: found for node in part.nodes if (found := observed(node)) is not None}
+        parts = segments(part, observers, rounded.__contains__) if observers else (part,)
+        order += [(one, observers.keys() & set(one.nodes)) for one in parts]
+    last = max(index for index, (_, nodes) in enumerate(order) if nodes)
+    for index, (part, nodes) in enumerate(order):
+        needed = ancestors(nodes)
         for node in filter(_is_linear, part.nodes):
             products = 2 * tokens * need(node, Leaf).parameters
-            found["forward: collect"] += products if node in needed else 0
-            found["forward: propagate"] += products if index < last else 0
-    hessians = {o for nodes in watched for node in nodes if isinstance(o := observed(node), HessianObserver)}
+            work["forward: collect"] += products if node in needed else 0
+            work["forward: propagate"] += products if index < last else 0
+    hessians = {o for _, nodes in order for node in nodes if isinstance(o := observed(node), HessianObserver)}
     linears = {leaf.path: (leaf, get_quant(node)) for node, leaf in graph.linears()}
     for observer in hessians:
         columns = linears[observer.consumers[0]][0].in_features
-        found["observe"] += tokens * columns**2
-        found["solve: factor"] += columns**3 // 3
+        work["observe"] += tokens * columns**2
+        work["solve: factor"] += columns**3 // 3
     for leaf, quant in linears.values():
         if quant is not None and quant.options is not None:
-            found["solve: columns"] += leaf.out_features * leaf.in_features**2
-            found["solve: measure"] += 2 * leaf.out_features * leaf.in_features**2
-    return found
+            work["solve: columns"] += leaf.out_features * leaf.in_features**2
+            work["solve: measure"] += 2 * leaf.out_features * leaf.in_features**2
+    return work
 
 
 def _is_linear(node: Node) -> bool:
