@@ -30,17 +30,17 @@ class QuadraticForm:
     """tr(D H D^T) of rows D [R, I], for a symmetric `hessian` [I, I] in float32: ||D X^T||^2 over the tokens.
 
     Only what lies on or above the diagonal of H is multiplied, block by block, and what lies above it counts twice. A
-    form holds these blocks by itself, in `dtype`: the Hessian may change or go. In bfloat16, which many matrix units
-    are faster with, H is rounded to it, and as errors of rounding have no common direction, sums are off by some
-    thousandths at most. One that this brings below zero is zero.
+    form holds these blocks by itself, in `dtype`: the Hessian may change or go. That is float32; for weights in
+    bfloat16, which many matrix units are faster with, it is bfloat16: as errors of rounding have no common direction,
+    sums are off by some thousandths at most. One that this brings below zero is zero.
     """
 
-    def __init__(self, hessian: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, hessian: Tensor, weights: torch.dtype) -> None:
+        self.dtype = torch.bfloat16 if weights is torch.bfloat16 else torch.float32
         self._blocks: list[Tensor] = []
         for start in range(0, len(hessian), _COLUMNS):
             stop = min(start + _COLUMNS, len(hessian))
-            block = hessian[:stop, start:stop].to(dtype, copy=True)
+            block = hessian[:stop, start:stop].to(self.dtype, copy=True)
             block[:start].mul_(2)
             self._blocks.append(block)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Flow:
         stream = Stream(graph, order[: last + 1], _batches(context), context.device, shelf) if last >= 0 else None
         if stream is not None and shelf is not None:
             tokens = sum(batch.input_ids.numel() for batch in _batches(context))
-            shelf.check(tokens * max(widths(graph, order[: last + 1])), context.report.total_bytes)
+            shelf.check(tokens * _room(widths(graph, order[: last + 1])), context.report.total_bytes)
         feeding = [segment.name for segment in order[: max(last, 0)]]
         kept = feeding if shelf is not None else _narrow(graph, found.values())
         return cls(found, watched, frozenset(feeding), frozenset(kept), stream, propagates)
@@ -76,10 +77,18 @@ def shelf_for(context: Context) -> AbstractContextManager[Shelf | None]:
     return Shelf(context.output.folder)
 
 
+def _room(crossing: Iterable[Counter[int]]) -> int:
+    """Bytes per token of a shelf: what a value leaves is taken by values of its size."""
+    most: Counter[int] = Counter()
+    for sizes in crossing:
+        most |= sizes
+    return most.total()
+
+
 def _narrow(graph: Graph, parts: Iterable[Sequence[Partition]]) -> Iterator[str]:
     """The segments at whose end not much more waits than at the ends of their partition; and these."""
     order = [segment for part in parts for segment in part]
-    by_name = dict(zip((segment.name for segment in order), widths(graph, order), strict=True))
+    by_name = {s.name: sizes.total() for s, sizes in zip(order, widths(graph, order), strict=True)}
     before = 0
     for part in parts:
         most = _WIDER * max(before, by_name[part[-1].name])

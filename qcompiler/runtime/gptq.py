@@ -1,4 +1,4 @@
-"""GPTQ for the linears of a partition: measure, factor each Hessian once for all that use it, and solve by rows."""
+"""GPTQ for the linears of a segment: measure, factor each Hessian once for all that use it, and solve by rows."""
 
 from __future__ import annotations
 
@@ -136,14 +136,11 @@ def _result(before: _Measured, size: _Measured, parts: Sequence[_Part]) -> Resul
 
 
 def _forms(jobs: Sequence[Job], hessians: Mapping[str, HessianStatistic]) -> dict[str, QuadraticForm]:
-    """What measures each job, by path, apart from the Hessian that factoring uses up.
-
-    In the weight's precision, where that is bfloat16: it is for people, and within some thousandths.
-    """
+    """What measures each job, by path, apart from the Hessian that factoring uses up."""
     made: dict[tuple[HessianStatistic, torch.dtype], QuadraticForm] = {}
     found: dict[str, QuadraticForm] = {}
     for job in jobs:
-        key = hessians[job.path], torch.bfloat16 if job.weight.dtype is torch.bfloat16 else torch.float32
+        key = hessians[job.path], job.weight.dtype
         if key not in made:
             made[key] = QuadraticForm(key[0].value(), key[1])
         found[job.path] = made[key]
@@ -175,11 +172,11 @@ def _prepare(group: _Group, threads: int) -> list[_Stack]:
             f"{', '.join(group.statistic.observer.consumers)} cannot be solved: {error}",
             hint="use more calibration data, a larger damping, or solver rtn",
         ) from error
-    rows = [len(job.weight) for job in jobs]
+    heights = [len(job.weight) for job in jobs]
     limit = _STACKED_ROWS_DEVICE
     if factored.order.device.type == "cpu":
-        limit = _stacked_rows(sum(rows), len(factored.order), threads)
-    stacks = stacked([job.nearest.spec for job in jobs], rows, limit)
+        limit = _stacked_rows(sum(heights), len(factored.order), threads)
+    stacks = stacked([job.nearest.spec for job in jobs], heights, limit)
     seconds = (perf_counter() - start) / len(stacks)
     return [_Stack([(jobs[index], rows) for index, rows in stack], factored, seconds) for stack in stacks]
 

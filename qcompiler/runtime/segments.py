@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
-from qcompiler.ir.annotations import AnyObserver, Leaf, Observer, Rescale, Role, get
+from qcompiler.ir.annotations import AnyObserver, Leaf, Observer, Rescale, Role, get, need
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Partition
 from qcompiler.patterns.place import rescales
@@ -24,7 +24,7 @@ def segments(
     `watched` are its observers, `rounds` says which linears are rounded (by path). Solved together are linears that
     are called twice, that runtimes fuse, or between which a scale moves; and all that shares an observer.
     """
-    if not any((leaf := get(node, Leaf)) is not None and leaf.is_linear and rounds(leaf.path) for node in part.nodes):
+    if not any(_is_linear(node) and rounds(need(node, Leaf).path) for node in part.nodes):
         return (part,)
     levels = _levels(part, watched, rounds)
     merged = _merge(
@@ -58,14 +58,12 @@ def _levels(part: Partition, watched: Mapping[Node, AnyObserver], rounds: Callab
         sources = [source for source in node.all_input_nodes if source in levels]
         levels[node] = max((levels[source] for source in sources), default=0)
         open_[node] = max((open_[source] for source in sources), default=0)
-        leaf, observer = get(node, Leaf), watched.get(node)
-        rounded = leaf is not None and leaf.is_linear and rounds(leaf.path)
+        linear, observer, rescale = _is_linear(node), watched.get(node), get(node, Rescale)
+        rounded = linear and rounds(need(node, Leaf).path)
         if rounded or observer is not None:
             levels[node] = open_[node]
         if rounded or (isinstance(observer, Observer) and observer.purpose != "input"):
             open_[node] += 1
-        linear = leaf is not None and leaf.is_linear
-        rescale = get(node, Rescale)
         folded = rescale is not None and any(rounds(path) for path in rescale.asked)
         if node.users and not linear and observer is None and (folded or not late.isdisjoint(sources)):
             late.add(node)
@@ -76,6 +74,11 @@ def _levels(part: Partition, watched: Mapping[Node, AnyObserver], rounds: Callab
         if node.op == "get_attr" and node.users:  # a weight is read where it is first used
             levels[node] = min(levels[user] for user in node.users if user in levels)
     return levels
+
+
+def _is_linear(node: Node) -> bool:
+    leaf = get(node, Leaf)
+    return leaf is not None and leaf.is_linear
 
 
 def _tied(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any, Self
 
 import torch
@@ -43,6 +44,7 @@ class Shelf:
 
     def __init__(self, output: Path) -> None:
         self._output = output.resolve()
+        self._closing = ExitStack()
         self._file: IO[bytes] | None = None
         self._end = 0
         self.in_memory = 0
@@ -52,8 +54,7 @@ class Shelf:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._closing.close()
 
     def check(self, needed: int, others: int) -> None:
         """Raise `CheckpointError` where the disk has no room for what of `needed` bytes at once is not kept in memory.
@@ -109,11 +110,15 @@ class Shelf:
         with writing_to(self._output, tensor.nbytes):
             if self._file is None:
                 self._output.parent.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self._output.parent, buffering=0)  # noqa: SIM115  see __exit__
+                self._file = self._closing.enter_context(_unnamed(self._output.parent))
             while left:
                 written = os.pwrite(self._file.fileno(), left, offset)
                 left, offset = left[written:], offset + written
         return place
+
+
+def _unnamed(folder: Path) -> IO[bytes]:
+    return TemporaryFile(dir=folder, buffering=0)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

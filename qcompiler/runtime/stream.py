@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -34,18 +35,18 @@ def depends_on_tokens(graph: Graph) -> set[Node]:
     return found
 
 
-def widths(graph: Graph, parts: Sequence[Partition]) -> list[int]:
-    """Bytes per token of what crosses the end of each part, of values that depend on the tokens."""
+def widths(graph: Graph, parts: Sequence[Partition]) -> list[Counter[int]]:
+    """Bytes per token of what crosses the end of each part, of values that depend on the tokens, by the value's."""
     tokens = depends_on_tokens(graph)
     last_reader = {node: index for index, part in enumerate(parts) for node in part.reads}
-    found = [0] * len(parts)
+    found: list[Counter[int]] = [Counter() for _ in parts]
     for first, part in enumerate(parts):
         for node in part.writes:
             tensor = value(node)
             if node in tokens and isinstance(tensor, Tensor):
                 size = prod(side for side in tensor.shape if isinstance(side, int)) * tensor.dtype.itemsize
                 for index in range(first, last_reader.get(node, first)):
-                    found[index] += size
+                    found[index][size] += size
     return found
 
 
@@ -88,13 +89,7 @@ class Stream:
         return dtype
 
     def run(
-        self,
-        part: Partition,
-        nodes: Sequence[Node],
-        weights: Mapping[str, Tensor],
-        handlers: Handlers,
-        *,
-        keep: bool,
+        self, part: Partition, nodes: Sequence[Node], weights: Mapping[str, Tensor], handlers: Handlers, *, keep: bool
     ) -> None:
         """Run every batch through `nodes`, up to the end of `part`; `keep` what later parts read, and nothing else."""
         index = self._index[part.name]
@@ -113,7 +108,7 @@ class Stream:
         needed = {source for node in by_tokens for source in node.all_input_nodes}
         for batch, own in zip(self._batches, self._values, strict=True):
             values = dict(self._shared[batch.input_ids.shape])
-            values |= {node: self._fetch(kept) for node, kept in own.items() if node in needed}
+            values |= {node: self._fetch(waiting) for node, waiting in own.items() if node in needed}
             special = {**attention[batch.input_ids.shape], **handlers(batch)}
             found = self._evaluate(by_tokens, values, weights, kept, special)
             own |= {node: self._keep(result) for node, result in found.items()}

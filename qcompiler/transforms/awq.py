@@ -96,7 +96,7 @@ def search(
         raise ValueError("the mean activations have NaN or infinite values")
     activations = tied_mean(mean_abs.float(), ties)
     magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
-    form = QuadraticForm(hessian, torch.bfloat16 if weights[0].dtype is torch.bfloat16 else torch.float32)
+    form = QuadraticForm(hessian, weights[0].dtype)
     whole = _Errors(weights, specs, form, quantize)
     if not whole.apart:
         each = _in_turn  # a whole weight in float32 at a time, and not one for each thread

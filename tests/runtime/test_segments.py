@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from qcompiler.errors import QCompilerError
 from qcompiler.ir.annotations import AnyObserver, Leaf, Observer, get, get_quant, observed
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph, Partition
@@ -99,14 +98,11 @@ def test_cached_keys_and_values_are_observed_before_what_reads_them() -> None:
     assert places == {"q_proj": 0, "key": 1, "value": 1, "o_proj": 2, "gate_proj": 3, "down_proj": 4}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"gpt2"}))  # whose Conv1Ds have no form in a checkpoint
 @pytest.mark.parametrize("transform", [None, "awq"])
 def test_segments_are_a_partition_in_order_of_what_belongs_together(model_type: str, transform: str | None) -> None:
-    try:
-        options = {"transform": transform} if transform else {}
-        graph = run(model_type, assign(gptq(*EVERYWHERE, optional=True, **options)), "insert-observers").graph
-    except QCompilerError as error:
-        pytest.skip(str(error))
+    options = {"transform": transform} if transform else {}
+    graph = run(model_type, assign(gptq(*EVERYWHERE, optional=True, **options)), "insert-observers").graph
     for part, found in zip(partitions(graph), cut(graph), strict=True):
         assert sorted(node for segment in found for node in segment.nodes) == sorted(part.nodes)
         done = set(part.reads)
