@@ -133,12 +133,23 @@ def _sweep(
     for item in items:
         steps.append(item.begin(graph, context))
         begun.append(steps[-1])
+        _check_step(item, steps[-1])
     spent = sweep(graph, steps, context, carry)
     for item, step, seconds in zip(items, steps, spent.steps, strict=True):
         start = perf_counter()
         step.finish()
         _done(item, graph, context, seconds + perf_counter() - start, show)
     context.report.timings += [Timing(name, seconds) for name, seconds in spent.parts.items()]
+
+
+def _check_step(item: StreamingPass, step: PartitionStep) -> None:
+    """Raise `ConfigError` for a step that does nothing: a misspelt method would be one silently."""
+    hooks = ("segment", "partition", "finish", "publish")
+    if all(getattr(type(step), hook) is getattr(PartitionStep, hook) for hook in hooks):
+        raise ConfigError(
+            f"pass {item.name}: its step, a {type(step).__qualname__}, does nothing: it defines no {', '.join(hooks)}",
+            hint="define `partition` for what is done once for each partition, or `segment` to round linears",
+        )
 
 
 def _stretches(items: Sequence[tuple[str, Pass]]) -> Iterator[tuple[str, GraphPass] | list[StreamingPass]]:

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +213,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_header_that_lies_is_refused(header: Any, data: bytes, match: str, tmp_path: Path) -> None:
-    start = time.perf_counter()
     refused(raw_file(tmp_path, header, data), match)
-    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 101_000_000])

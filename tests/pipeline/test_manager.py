@@ -15,7 +15,7 @@ import torch
 from passes.assign import Assign
 from passes.legalize import Legalize
 from qcompiler.capture import capture_graph
-from qcompiler.errors import QCompilerError, VerificationError
+from qcompiler.errors import ConfigError, QCompilerError, VerificationError
 from qcompiler.ir.annotations import Quant, set_quant
 from qcompiler.ir.graph import Graph, Stage
 from qcompiler.ir.partition import partitions
@@ -238,6 +238,25 @@ def test_a_step_that_cannot_begin_undoes_those_that_have(graph: Graph, context: 
     log: Log = []
     with pytest.raises(QCompilerError, match="no"):
         run_streaming_passes(graph, pipeline(Watch(who="a", log=log), Refuse()), context)
+    assert log == ["a begins", "a is undone"]
+
+
+def test_a_step_that_would_do_nothing_is_refused(graph: Graph, context: Context) -> None:
+    class Misspelt(PartitionStep):
+        def partitions(self, work: PartitionWork) -> None:
+            raise AssertionError
+
+    @dataclass(frozen=True)
+    class Idle(StreamingPass):
+        name: ClassVar[str] = "idle"
+        requires: ClassVar[frozenset[Stage]] = frozenset(Stage)
+
+        def begin(self, graph: Graph, context: Context) -> PartitionStep:
+            return Misspelt()
+
+    log: Log = []
+    with pytest.raises(ConfigError, match=r"pass idle: its step, a .*Misspelt, does nothing: it defines no segment, "):
+        run_streaming_passes(graph, pipeline(Watch(who="a", log=log), Idle()), context)
     assert log == ["a begins", "a is undone"]
 
 
