@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -76,6 +79,21 @@ def test_the_graph_has_no_dropout_no_assertions_and_no_idle_casts() -> None:
         assert op_name(node) not in ("aten.dropout", "aten.detach", "aten._assert_tensor_metadata")
         if op_name(node) == "aten.to":
             assert node.args[0].meta["val"].dtype != node.meta["val"].dtype  # type: ignore[union-attr]
+
+
+def test_the_order_is_that_of_the_graph_and_not_of_a_set_in_the_model() -> None:
+    # Gemma 3 computes rotary angles for each of the set of its kinds of layer.
+    code = (
+        "from qcompiler.ir.printer import print_graph\nfrom tests.capture.models import captured\n"
+        "print(print_graph(captured('gemma3_text')))"
+    )
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")  # the set's orders are two
+    )
+    assert first == second
 
 
 def test_12_layers_have_the_leaves_of_a_full_trace_in_the_same_order() -> None:

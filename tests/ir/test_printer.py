@@ -65,13 +65,13 @@ def test_a_lowered_linear_keeps_its_name_and_its_rounded_input_is_named_after_it
 
 def test_inputs_attributes_sizes_and_the_result_have_forms_of_their_own() -> None:
     text = print_graph(captured("llama")).split("\n")
-    assert text[:5] == [
-        "graph LlamaForCausalLM (captured)",
+    assert text[:2] == ["graph LlamaForCausalLM (captured)", "%input_ids = input [B,S]"]
+    for form in (
         "%model.rotary_emb.inv_freq = attribute [8]",
-        "%input_ids = input [B,S]",
         "%B = sym_size(%input_ids, 0)",
         "%S = sym_size(%input_ids, 1)",
-    ]
+    ):
+        assert form in text
     assert text[-2:] == ["return %lm_head", ""]
 
 
