@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qcompiler.numerics import QuantizedTensor
 from qcompiler.numerics.elements import code_range, round_to_codes, round_to_values
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qcompiler.solvers.gptq import Factored
 
 _INNER = 32
+_ALIGNED = 16  # floats of the widest vector: a BLAS sums the rows that fill none in another order
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ def solve(stack: Sequence[Rows], factored: Factored, block_size: int) -> Tensor:
 
     With the rounding errors R, (W - Q)(I + U) = R, so the loss under the damped Hessian is R D R^T: what the damping
     counts is taken off again. That needs no product with the Hessian.
+
+    A row gives the same bits whatever rows are solved with it: what fills no vector is filled up with rows of zeros.
     """
     state = _transposed(stack, factored.order)  # what was solved becomes its error in place
     columns, rows = state.shape
@@ -68,12 +72,14 @@ def solve(stack: Sequence[Rows], factored: Factored, block_size: int) -> Tensor:
             losses += rounding.square_().mul_(factored.diagonal[here, None]).sum(0, dtype=losses.dtype)
             losses -= state[here].square().mul_(factored.added[here, None]).sum(0, dtype=losses.dtype)
     _keep(codes, factored.order, stack)
-    return losses
+    return losses[: sum(part.count for part in stack)]
 
 
 def _transposed(stack: Sequence[Rows], order: Tensor) -> Tensor:
-    """The stacked weights in float32, by column, in the order of solving: [I, O]."""
-    state = torch.empty(len(order), sum(part.count for part in stack), device=order.device)
+    """The stacked weights in float32, by column, in the order of solving: [I, O], O filled up to a multiple of 16."""
+    rows = sum(part.count for part in stack)
+    state = torch.empty(len(order), -(-rows // _ALIGNED) * _ALIGNED, device=order.device)
+    state[:, rows:] = 0
     first = 0
     for part in stack:
         # Transposed first: rows are several times faster to gather than columns.
@@ -143,7 +149,7 @@ class _Inner:
 
     def __init__(self, stack: Sequence[Rows], rows: int, device: torch.device) -> None:
         self._spec = stack[0].nearest.spec
-        self._scale, self._zero, self._wide = _grid(stack)
+        self._scale, self._zero, self._wide = _grid(stack, rows)
         self._wanted, self._original, self._error, self._values = torch.empty(4, _INNER, rows, device=device).unbind()
         self._feedback = torch.empty(_INNER, _INNER, device=device)
         self._columns = [list(b.unbind()) for b in (self._wanted, self._original, self._error, self._values)]
@@ -181,8 +187,8 @@ class _Inner:
         return round_to_codes(self._values[:count], self._spec)
 
 
-def _grid(stack: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, int]:
-    """Scales and zero points [O] (float32) of each span of columns, and how wide a span is."""
+def _grid(stack: Sequence[Rows], rows: int) -> tuple[list[Tensor], list[Tensor] | None, int]:
+    """Scales and zero points [`rows`] (float32) of each span of columns, and how wide a span is."""
     spec, columns = stack[0].nearest.spec, stack[0].nearest.shape[1]
     scales, zeros = [], []
     for part in stack:
@@ -191,7 +197,13 @@ def _grid(stack: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, int
         if nearest.zero_point is not None:
             zeros.append(_by_span(nearest, nearest.zero_point.float())[:, part.rows])
     wide = spec.group_size or (columns if spec.block_structure is None else spec.block_structure[1])
-    return list(torch.cat(scales, dim=1).unbind()), list(torch.cat(zeros, dim=1).unbind()) if zeros else None, wide
+    return _filled(scales, 1, rows), _filled(zeros, 0, rows) if zeros else None, wide
+
+
+def _filled(parts: Sequence[Tensor], value: float, rows: int) -> list[Tensor]:
+    """By span of columns, with `value` for rows that only fill up."""
+    whole = torch.cat(list(parts), dim=1)
+    return list(functional.pad(whole, (0, rows - whole.shape[1]), value=value).unbind())
 
 
 def _by_span(quantized: QuantizedTensor, grid: Tensor) -> Tensor:

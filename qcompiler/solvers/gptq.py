@@ -84,9 +84,8 @@ def gptq(stack: Sequence[Rows], factored: Factored, options: GptqOptions) -> lis
     """Round rows of weights that read the same inputs, to one spec, as one matrix: the error of each part's output.
 
     The codes of each part's `nearest` become the solved ones; its scales and zero points stay. Rows do not depend on
-    one another, so this gives what it gives for each alone, in fewer steps; to the bit where the numbers of rows are
-    multiples of 16 (a BLAS may sum the rows that fill no vector in another order). An input that is always zero (a dead
-    column) is rounded to nearest, where the paper sets its weights to zero: both give the same output.
+    one another, so this gives what it gives for each alone, to the bit, in fewer steps. An input that is always zero (a
+    dead column) is rounded to nearest, where the paper sets its weights to zero: both give the same output.
     """
     losses = solve(stack, factored, options.block_size)
     return [float(part.sum()) for part in torch.split(losses, [part.count for part in stack])]

@@ -11,7 +11,7 @@ from qcompiler.numerics import quantize_weight
 from qcompiler.runtime import gptq
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.parallel import Workers
-from qcompiler.scheme import preset
+from qcompiler.scheme import QuantSpec, preset
 from qcompiler.solvers.options import GptqOptions
 
 OPTIONS = {
@@ -56,3 +56,24 @@ def test_each_is_solved_by_its_own_options_as_if_it_were_alone(threads: int) -> 
         assert torch.equal(jobs[path].nearest.codes, alone.nearest.codes), path
         assert results[path].outcome == expected, path
         assert 0 < expected.error < expected.before
+
+
+@pytest.mark.parametrize("rows", [36, 100])
+def test_rows_that_fill_no_vector_give_the_same_codes_whatever_the_threads(rows: int) -> None:
+    """Threads decide how rows are cut. At 8 bits some lie so near a tie that another order of adding up tells."""
+    before, weight = torch.get_num_threads(), torch.randn(rows, 256, generator=torch.Generator().manual_seed(1))
+    weight, spec = weight.bfloat16(), QuantSpec(bits=8, group_size=64)
+    solved = []
+    for threads in (1, 2, 3, 4):
+        nearest = quantize_weight(weight, spec, scale_dtype=torch.bfloat16)
+        torch.set_num_threads(threads)
+        try:
+            with Workers(CPU) as workers:
+                jobs = [gptq.Job("q_proj", weight, nearest, GptqOptions())]
+                outcome = gptq.solve(jobs, {"q_proj": hessian("q_proj")}, workers)["q_proj"].outcome
+        finally:
+            torch.set_num_threads(before)
+        solved.append((nearest.codes, outcome))
+    for codes, outcome in solved:
+        assert torch.equal(codes, solved[0][0])
+        assert outcome == solved[0][1]

@@ -129,7 +129,7 @@ def test_the_output_changes_less_than_by_rounding_to_nearest(name: str) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_rows_of_one_input_are_solved_together_or_cut_as_each_layer_alone(name: str) -> None:
     weight, hessian = layer(rows=112, columns=96)
-    weights = [weight[:32].bfloat16(), weight[32:48].bfloat16(), weight[48:].bfloat16()]
+    weights = [weight[:30].bfloat16(), weight[30:47].bfloat16(), weight[47:].bfloat16()]  # no multiples of a vector
     options = GptqOptions(block_size=40)
     factored = factor(hessian.clone(), options)
     alone, together = [[nearest(part, SPECS[name]) for part in weights] for _ in range(2)]
@@ -137,7 +137,7 @@ def test_rows_of_one_input_are_solved_together_or_cut_as_each_layer_alone(name: 
         solver.gptq([whole(part, start)], factored, options)[0] for part, start in zip(weights, alone, strict=True)
     ]
     first, second, third = (whole(part, start) for part, start in zip(weights, together, strict=True))
-    top, bottom = replace(third, rows=slice(0, 16)), replace(third, rows=slice(16, 64))
+    top, bottom = replace(third, rows=slice(0, 21)), replace(third, rows=slice(21, 65))
     *errors, above = solver.gptq([first, second, top], factored, options)
     errors.append(above + solver.gptq([bottom], factored, options)[0])
     for one, other in zip(alone, together, strict=True):
