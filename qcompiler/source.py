@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -109,14 +110,17 @@ class ModelSource:
                 check_finite(path, value, place(self.names.sources(path)[0]))
         return values
 
-    def dense(self, paths: Iterable[str]) -> dict[str, DiskTensor]:
-        """What to write for parameters and buffers that stay as they are, by key; see `NameMap.dense`.
+    def dense(
+        self, paths: Iterable[str], replaced: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, DiskTensor]:
+        """What to write for parameters and buffers that stay dense, by key; see `NameMap.dense`.
 
-        Raises `CheckpointError` as `load` does: here for what is loaded, and while it is copied for the rest.
+        Raises `CheckpointError` as `load` does: here for what is loaded or replaced, and while it is copied for the
+        rest.
         """
         paths = list(paths)
         written: dict[str, DiskTensor] = dict(self.names.dense(p for p in paths if p not in self._parameters))
-        for key, tensor in self.names.dense(path for path in paths if path in self._parameters).items():
+        for key, tensor in self.names.dense((p for p in paths if p in self._parameters), replaced).items():
             if isinstance(tensor, RawTensor):
                 written[key] = FiniteTensor(tensor.reader, tensor.key)
             else:

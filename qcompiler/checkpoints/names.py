@@ -186,18 +186,28 @@ class NameMap:
         """Keys, dtypes and shapes of what `dense` returns: enough to predict a file's size."""
         return {key: spec for write in self._writes_of(paths) for key, spec in write.keys.items()}
 
-    def dense(self, paths: Iterable[str]) -> dict[str, torch.Tensor | RawTensor]:
+    def dense(
+        self, paths: Iterable[str], replaced: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, torch.Tensor | RawTensor]:
         """What to write for `paths`, by key: copies of the source's bytes where key and dtype stay, else tensors.
 
-        Tied paths are left out, save the one that is written. Raises `CheckpointError` if a tensor on disk is made of
-        paths of which only some are given.
+        `replaced` are values by path, on the CPU, of those that are not written as they are loaded. Tied paths are left
+        out, save the one that is written. Raises `CheckpointError` if a tensor on disk is made of paths of which only
+        some are given, and for a replaced value that no tensor on disk takes.
         """
+        paths = list(paths)
+        for path in replaced:
+            if path not in self._writes:
+                raise CheckpointError(f"a new value of {path} cannot be written: {self.obstacle(path)}")
         written: dict[str, torch.Tensor | RawTensor] = {}
         for write in self._writes_of(paths):
-            if write.raw:
+            sources = write.conversion.sources
+            new = {path: replaced[path] for path in sources if path in replaced}
+            if write.raw and not new:
                 written |= {key: RawTensor(self._reader, key) for key in write.keys}
             else:
-                written |= write.conversion.run(self.load_many(write.conversion.sources), self._model)
+                loaded = self.load_many(path for path in sources if path not in new)
+                written |= write.conversion.run(loaded | new, self._model)
         return written
 
     def parts(self, path: str) -> dict[str, tuple[int, slice]] | None:

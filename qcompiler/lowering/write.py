@@ -67,15 +67,13 @@ class CheckpointStep:
         return plan
 
     def write(self, work: PartitionWork) -> None:
-        """Write the shard of one partition: codes of what was solved, bytes of what stays."""
+        """Write the shard of one partition: codes of what was solved, what transforms replaced, bytes of what stays."""
         dense, packed = self._dense[work.partition.name]
         if not dense and not packed:
             return
-        tensors: dict[str, DiskTensor] = self._context.source.dense(path for path in dense if path not in work.altered)
-        for path in work.altered.intersection(dense):
-            name = self._context.source.names.disk_name(path)
-            assert name is not None, f"{path} was transformed and has no name on disk"
-            tensors[name] = work.weights[path].cpu()
+        tensors: dict[str, DiskTensor] = self._context.source.dense(
+            dense, {path: work.weights[path].cpu() for path in work.altered.intersection(dense)}
+        )
         for parts in in_parallel(lambda path: self._pack(path, work), packed, workers=work.workers):
             tensors |= parts
         for observer, scale in work.caches.items():

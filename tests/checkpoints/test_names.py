@@ -92,6 +92,8 @@ def test_tied_parameters_absent_from_the_files_take_their_source(
     assert dict(names.aliases) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert names.disk_name("lm_head.weight") is None
     assert "tied to model.embed_tokens.weight" in (names.obstacle("lm_head.weight") or "")
+    with pytest.raises(CheckpointError, match=r"a new value of lm_head.weight cannot be written: .* is tied to"):
+        names.dense([], {"lm_head.weight": torch.zeros(1)})
 
 
 def test_a_tie_whose_source_is_absent_is_turned_round(

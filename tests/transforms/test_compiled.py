@@ -21,10 +21,13 @@ from qcompiler.table_check import WeightComparison
 from tests.compile.tiny import (
     EVERYWHERE,
     INT4_ASYM,
+    INT8,
     INT8_STATIC,
+    compile_tiny,
     pipeline,
     provenance,
     rule,
+    save_tiny,
     stored,
     tiny_model,
     token_rows,
@@ -204,3 +207,29 @@ def test_columns_are_multiplied_by_what_the_norm_is_divided_by(norm: str, layer:
     expected = quantize_weight(weight, spec, scales="minmax", scale_dtype=torch.float32)
     found = stored(case.transformed.output)[f"{path}.weight_scale"]
     torch.testing.assert_close(found, expected.scale.reshape(found.shape), rtol=1e-4, atol=0)
+
+
+def test_a_scale_is_written_into_part_of_a_tensor_that_lies_on_disk_concatenated(tmp_path: Path) -> None:
+    source, mlp = tmp_path / "source", "model.H_module.layers.0.mlp"
+    save_tiny(source, "hrm_text", dtype=torch.float32, H_cycles=1, L_cycles=2, num_layers_per_stack=1)
+    chosen = pipeline(rule({"name": [f"{mlp}.down_proj"]}, INT8, transform="awq"))
+    result = compile_tiny(source, tmp_path / "output", chosen)
+    assert result.report.row(f"{mlp}.down_proj").ratio is not None
+    before, after = stored(source), stored(result.output)
+    gate, up = before[f"{mlp}.gate_up_proj.weight"].chunk(2)
+    gate_written, up_written = after[f"{mlp}.gate_up_proj.weight"].chunk(2)
+    assert torch.equal(gate, gate_written)
+    scale = (up.double() * up_written).sum(1) / up_written.double().square().sum(1)
+    assert (scale - 1).abs().max() > 0.01
+    torch.testing.assert_close(up.double() / scale.unsqueeze(1), up_written.double(), rtol=1e-5, atol=0)
+    down = before[f"{mlp}.down_proj.weight"] * scale
+    torch.testing.assert_close(
+        after[f"{mlp}.down_proj.weight_scale"].double(),
+        down.unflatten(1, (-1, 16)).abs().amax(2) / 127.5,
+        rtol=1e-5,
+        atol=0,
+    )
+    verified = qcompiler.verify(result.output, reference=source)
+    assert verified.difference == 0
+    assert verified.weights is not None
+    assert verified.weights.rescaled == (f"{mlp}.down_proj.weight", f"{mlp}.up_proj.weight")
