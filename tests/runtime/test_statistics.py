@@ -143,13 +143,13 @@ def test_the_hundredth_percentile_is_the_whole_range_within_a_bin() -> None:
     assert range_of(found) == pytest.approx((float(x.min()), float(x.max())), rel=0.012)
 
 
-def error(x: Tensor, found: Statistic) -> float:
+def error(x: Tensor, found: Statistic, scale_dtype: torch.dtype = torch.float32) -> float:
     """The squared error of quantizing `x` with what an observer found."""
     spec = found.observer.spec
     if spec.is_nvfp4:
         rounded = fake_quantize(x, spec, global_scale=found.global_scale())
     else:
-        scale, zero = found.qparams(torch.float32)
+        scale, zero = found.qparams(scale_dtype)
         rounded = fake_quantize(x, spec, scale=scale, zero_point=zero)
     return float((rounded - x).double().square().sum())
 
@@ -169,6 +169,20 @@ def test_the_range_of_least_squared_error_beats_the_whole_range_and_fixed_percen
     assert errors["mse"] <= errors["percentile"]
     if spec is INT4:
         assert errors["mse"] < 0.9 * errors["minmax"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spec", [INT8_ASYM, INT8, FP8], ids=lambda spec: spec.short)
+def test_the_range_of_least_error_is_never_worse_than_the_whole_one_on_what_it_saw(
+    spec: QuantSpec, dtype: torch.dtype
+) -> None:
+    """Few values, that steps of 8 bits are hardly wider than the bins of: chance decides, unless they are known."""
+    for seed in range(20):
+        x = (normal(1, 50, 16, seed=seed) * 3 + 5 * (seed % 3 - 1)).to(dtype)
+        whole, least = statistic(spec=spec), statistic("mse", spec)
+        for found in (whole, least):
+            found.update(x, everything(x))
+        assert error(x.float(), least, dtype) <= error(x.float(), whole, dtype) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("x", [heavy_tailed(), normal(1, 4000, 16)], ids=["outliers", "normal"])
