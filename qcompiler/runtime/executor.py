@@ -87,8 +87,9 @@ def _run_partition(
     """
     weights = lazy_weights(graph, part, context.source, context.device)
     called = {leaf.path for node in part.nodes if (leaf := get(node, Leaf))}
-    solved = {path: carried[path] for path in called if path in carried}
-    work = PartitionWork(part, part, weights, workers, solved=solved)
+    earlier = {path: carried[path] for path in called if path in carried}
+    # Where nothing propagates, only what earlier sweeps solved is seen rounded: that is taken up.
+    work = PartitionWork(part, part, weights, workers, solved=dict(earlier) if flow.propagates else {})
     if carry is not None:
         _take_up(carry, work, context.device)
     clock = _Clock(weights)
@@ -115,7 +116,7 @@ def _run_partition(
         step.partition(work)
         spent.steps[number] += clock.lap()
     if carry is not None:
-        carry.keep(part.name, work.solved, {path: work.weights[path] for path in work.altered})
+        carry.keep(part.name, earlier | work.solved, {path: work.weights[path] for path in work.altered})
     spent.parts["load"] += weights.seconds
     for name, seconds in work.spent.items():
         spent.parts[f"solve: {name}"] += seconds

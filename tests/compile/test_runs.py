@@ -252,3 +252,25 @@ def test_propagation_costs_one_run_of_each_partition_or_none(propagated: dict[bo
     assert propagated[False].forward == {"inputs": 1, "layer 0": 1, "layer 1": 1}
     assert "forward: propagate" in propagated[True].timings
     assert "forward: propagate" not in propagated[False].timings
+
+
+# --- a layer that several partitions run -----------------------------------------------------------------------------
+
+
+def test_without_propagation_a_layer_that_is_run_again_is_seen_dense_until_the_next_run(tmp_path: Path) -> None:
+    """The low module runs twice before the high one, whose codes tell what it saw."""
+    source = save_tiny(tmp_path / "source", "hrm_text", H_cycles=1, L_cycles=2, num_layers_per_stack=1)
+    low = rule({"name": "*L_module*down_proj"}, {"weights": {"type": "int", "bits": 2, "group_size": 16}})
+    high = rule({"name": "*H_module*down_proj"}, INT4, solver="gptq")
+    dense: dict[str, Any] = {"propagate": False}
+    alone, together, later = (
+        compiled(source, tmp_path / name, pipeline(*rules, runs=runs), ROWS[:2]).output
+        for name, rules, runs in (
+            ("alone", (high,), (dense,)),
+            ("together", (low, high), (dense,)),
+            ("later", (low, high), ({"select": [{"name": "*L_module*"}], **dense}, dense)),
+        )
+    )
+    solved = "model.H_module.layers.0.mlp.down_proj.weight_packed"
+    assert torch.equal(stored(alone)[solved], stored(together)[solved])
+    assert not torch.equal(stored(alone)[solved], stored(later)[solved])
