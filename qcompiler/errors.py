@@ -38,6 +38,10 @@ class CheckpointError(QCompilerError):
     """An input checkpoint that is damaged, incomplete or unsafe; or an output that cannot be written."""
 
 
+class OutputError(QCompilerError):
+    """Standard output is closed, or takes no more."""
+
+
 class DataError(QCompilerError):
     """Calibration or evaluation data that cannot be used."""
 

@@ -62,7 +62,7 @@ class PartialFolder:
         Raises `CheckpointError`, before anything is written, if the output exists and `overwrite` is not set, if it was
         not written by us, or if another run is writing it.
         """
-        output = output.resolve()
+        output = resolved(output)
         check_apart(output, source)
         root = output.parent / f".{output.name}.partial"
         with writing_to(output):
@@ -147,7 +147,7 @@ class SweepFolder:
     """
 
     def __init__(self, output: Path) -> None:
-        output = output.resolve()
+        output = resolved(output)
         self.path = output.parent / f".{output.name}.sweeps"
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path, output)
@@ -219,9 +219,14 @@ def sync_file(path: Path) -> None:
 sync_folder = sync_file  # a folder's fsync makes the names in it durable
 
 
+def resolved(path: Path) -> Path:
+    """Absolute, links followed. A link that leads back to itself is kept: who opens it is told."""
+    return Path(os.path.realpath(path))
+
+
 def check_apart(output: Path, source: Path) -> None:
     """Raise `CheckpointError` where one of the two folders is, or lies in, the other."""
-    output, source = output.resolve(), source.resolve()
+    output, source = resolved(output), resolved(source)
     if output == source or output.is_relative_to(source) or source.is_relative_to(output):
         where = "is" if output == source else "lies inside" if output.is_relative_to(source) else "contains"
         raise CheckpointError(
@@ -233,6 +238,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` where an output may not be written: what stands there may not be replaced, or the folder
     above lets nothing be made in it. Nothing is written.
     """
+    output = resolved(output)  # `.` is always a mount point to Python 3.11
     with writing_to(output):
         above = nearest_above(output)
         if not above.is_dir():

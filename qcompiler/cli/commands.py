@@ -26,9 +26,16 @@ from qcompiler.cli.options import (
     TextColumnOption,
     TrustOption,
 )
-from qcompiler.cli.streams import print_json, print_result, progress_bar, quiet_libraries
+from qcompiler.cli.streams import (
+    print_error,
+    print_json,
+    print_result,
+    progress_bar,
+    quiet_libraries,
+    standard_output,
+)
 from qcompiler.collector import imports_kept
-from qcompiler.errors import QCompilerError, printable
+from qcompiler.errors import OutputError, QCompilerError
 from qcompiler.requirements import check_transformers
 
 if TYPE_CHECKING:
@@ -42,6 +49,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+READER_GONE = 141
+"""What shells call a process that SIGPIPE ended."""
 
 _DATA_OPTIONS = (
     "config_name",
@@ -58,13 +68,22 @@ _TEXT_OPTIONS = ("config_name", "split", "text_column", "sequence_length", "sequ
 
 
 def run() -> None:
-    """Run the command that `sys.argv` holds, and exit with 2 where the input is bad, 130 where it was interrupted."""
+    """Run the command that `sys.argv` holds.
+
+    Exits with 2 where the input is bad or nothing can be printed, 141 where the reader of what is printed went away.
+    """
     with quiet_libraries():
         try:
-            check_transformers()
-            app(prog_name="qcompiler")
+            with standard_output():
+                check_transformers()
+                app(prog_name="qcompiler")
+        except OutputError as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                sys.exit(READER_GONE)
+            print_error(error)
+            sys.exit(2)
         except QCompilerError as error:
-            print("\n".join(map(printable, f"error: {error}".split("\n"))), file=sys.stderr)
+            print_error(error)
             sys.exit(2)
 
 

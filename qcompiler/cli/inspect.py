@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompiler.cli.options import DtypeOption, IndependentOption, RevisionOption, TargetOption, TrustOption
-from qcompiler.cli.streams import PIPED_WIDTH, print_lines, terminal_width
+from qcompiler.cli.streams import PIPED_WIDTH, print_json_text, print_lines, terminal_width
 from qcompiler.collector import imports_kept
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def inspect(
         print(f"wrote {html}: {len(document.nodes)} nodes")
         return
     if json:
-        print(_one(document, explain) if explain is not None else document.as_json().rstrip())
+        print_json_text(_one(document, explain) if explain is not None else document.as_json())
         return
 
     from qcompiler.inspection.explain import explain_lines
@@ -132,7 +132,7 @@ def _diff(model: str | None, pipeline: str | None, words: tuple[str, str], optio
 
     found = compare(*read_pair(model, pipeline, words, options), words)
     if json:
-        print(found.model_dump_json(indent=2))
+        print_json_text(found.model_dump_json(indent=2))
     else:
         print_lines(diff_lines(found, terminal_width() or PIPED_WIDTH))
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qcompiler.errors import OutputError, printable
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
     from rich.text import Text
 
     from qcompiler.report import Report
@@ -24,15 +29,85 @@ _QUIET = {
 PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
+class _Output(FileIO):
+    """The file of standard output. Its errors are told from those of files that a command reads or writes."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OutputError(
+                f"standard output cannot be written: {error.strerror or error}",
+                hint="send it to a file on a disk with free space",
+            ) from error
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """What is printed within has been written at its end. What standard output has no character for is escaped.
+
+    Raises `OutputError` where it is closed, and at once: the next file that is opened would take its place; or where it
+    cannot be written.
+    """
+    stdout: TextIO | None = sys.stdout
+    if stdout is None:
+        raise OutputError("standard output is closed", hint="leave it open, or send it to /dev/null")
+    if not isinstance(stdout, TextIOWrapper):
+        yield  # a caller in this process reads it, and takes all text
+        return
+    try:
+        descriptor = stdout.fileno()
+    except OSError:  # the same, with bytes
+        yield
+        return
+    stdout.flush()
+    # A stream of its own: what it could not write goes with it, and does not fail again when the interpreter ends.
+    output = TextIOWrapper(
+        BufferedWriter(_Output(descriptor, "wb", closefd=False)),
+        encoding=stdout.encoding,
+        errors="backslashreplace" if stdout.errors in ("strict", "surrogateescape") else stdout.errors,
+        line_buffering=stdout.line_buffering or stdout.write_through,
+    )
+    try:
+        with redirect_stdout(output):
+            yield
+        output.flush()
+    except SystemExit:
+        output.flush()  # an error here counts for more than the exit code
+        raise
+    finally:
+        with suppress(OutputError):
+            output.close()
+
+
+def print_error(error: Exception) -> None:
+    """One message on standard error, if that can be written."""
+    if sys.stderr is not None:  # where it is closed; `print` would take standard output instead
+        with suppress(OSError):
+            print("\n".join(map(printable, f"error: {error}".split("\n"))), file=sys.stderr)
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream, if there is one, is a terminal."""
+    return stream is not None and stream.isatty()
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     from json import dumps
 
     print(dumps(data, indent=2, default=str))
 
 
+def print_json_text(text: str) -> None:
+    """JSON in ASCII, as `print_json` writes it: no encoding of standard output changes it."""
+    from json import dumps
+
+    print(re.sub(r"[^\x00-\x7f]", lambda found: dumps(found[0])[1:-1], text.rstrip()))
+
+
 def terminal_width() -> int | None:
     """Columns of the terminal; None where output is piped: for programs and files a row is one line, however long."""
-    if not sys.stdout.isatty():
+    if not on_terminal(sys.stdout):
         return None
     from rich.console import Console
 
@@ -41,7 +116,7 @@ def terminal_width() -> int | None:
 
 def print_lines(lines: Sequence[Text]) -> None:
     """In colour on a terminal; piped, plain."""
-    if not sys.stdout.isatty():
+    if not on_terminal(sys.stdout):
         print("\n".join(line.plain for line in lines))
         return
     from rich.console import Console
@@ -59,7 +134,7 @@ def print_result(report: Report) -> None:
 
     from qcompiler.show import print_report
 
-    if sys.stdout.isatty():
+    if on_terminal(sys.stdout):
         print_report(report, Console(highlight=False))
         return
     text = StringIO()
@@ -74,7 +149,7 @@ def quiet_libraries() -> Iterator[None]:
     Through the environment, because the libraries are not imported yet, and must not be for `--help`.
     """
     quiet = dict(_QUIET)
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     added = {name: value for name, value in quiet.items() if name not in os.environ}
     os.environ.update(added)
@@ -97,7 +172,7 @@ def progress_bar(*, downloads: bool) -> Iterator[Callable[[str, int, int], None]
 
     Where a model may be downloaded first, it starts with the first partition: until then the hub shows its own bars.
     """
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console
@@ -105,7 +180,7 @@ def progress_bar(*, downloads: bool) -> Iterator[Callable[[str, int, int], None]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=on_terminal(sys.stdout)
     )  # graphs that are printed into a file stay out of the bar's stream
     task = bar.add_task("capture", total=None)
 

@@ -86,6 +86,24 @@ def test_what_is_no_model_folder_is_never_replaced(results: Path, model: Path, r
     assert file.read_text() == "years of work"
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_dot_is_the_folder_that_it_names(
+    flags: tuple[str, ...], model: Path, results: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(results / "thesis.tex", "years of work")
+    monkeypatch.chdir(results)
+    says = [f"{results}: it has no config.json" if flags else f"{results}: the output exists"]
+    assert refuse("compile", model, "-p", "w8a8-rtn", *flags, "--output", ".", says=says) == refuse(
+        "compile", model, "-p", "w8a8-rtn", *flags, "--output", results, says=says
+    )
+
+
+def test_a_link_that_leads_back_to_itself_is_no_output(results: Path, model: Path, refuse: Refuse) -> None:
+    loop = results / "loop"
+    loop.symlink_to("loop")
+    refuse("compile", model, "-p", "w8a8-rtn", "--output", loop, says=[f"{loop}: ", "choose"])
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 250])
 def test_a_name_too_long_for_the_file_system_is_refused(name: str, results: Path, model: Path, refuse: Refuse) -> None:
     refuse("compile", model, "-p", "w8a8-rtn", "--output", results / name, says=["File name too long", "choose"])

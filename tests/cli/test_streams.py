@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -68,8 +69,72 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stdout
     assert process.stderr
     process.stdout.close()
-    assert "Traceback" not in process.stderr.read()
-    assert process.wait() in (0, 1)
+    assert process.stderr.read() == ""
+    assert process.wait() == commands.READER_GONE, "1 would say that a checkpoint has errors"
+
+
+@pytest.mark.parametrize("words", [("check", "OUT"), ("inspect", "OUT", "--json"), ("--help",), ("passes",)])
+def test_a_full_disk_under_standard_output_is_one_message_and_2(
+    words: tuple[str, ...], compiled: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of JSON are larger than what is buffered, and the others smaller."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        ran = run(*(str(compiled) if word == "OUT" else word for word in words))
+    message = "error: standard output cannot be written: No space left on device\n  hint: "
+    assert (ran.code, ran.err.startswith(message), len(ran.err.splitlines())) == (2, True, 2), ran
+
+
+def test_standard_output_that_is_closed_is_refused_before_a_file_takes_its_place(
+    compiled: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    ran = run("check", compiled)
+    assert (ran.code, ran.err.split("\n  hint: ")[0]) == (2, "error: standard output is closed")
+
+
+def test_what_was_refused_leaves_nothing_behind_for_the_end_of_the_process() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        process = start("passes", stdout=full)
+        assert process.communicate()[1].count("\n") == 2
+    assert process.returncode == 2, "120 is Python's where its last flush fails"
+
+
+def test_standard_error_that_is_closed_leaves_the_report_as_it_is(
+    compiled: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run("check", compiled)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("check", compiled) == report
+    refused = run("check", compiled / "none")
+    assert (refused.code, refused.out) == (2, ""), "and nothing of the error goes to standard output"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_standard_output_has_no_character_for_is_escaped(
+    encoding: str, model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "seen").open("w", encoding=encoding) as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        ran = run("inspect", model, "--tree")
+        assert (sys.stdout, file.errors) == (file, "strict"), "the caller has its own stream back"
+    assert (ran.code, ran.err) == (0, "")
+    shown = "\u2514\u2500 lm_head".encode(encoding, "backslashreplace")
+    assert shown in (tmp_path / "seen").read_bytes()
+
+
+def test_json_in_ascii_is_the_json_of_an_export(
+    broken: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backslash that stands for a character that is missing would break it."""
+    named = broken.rename(broken.with_name("m\u00f6del"))
+    assert run("inspect", named, "--export", tmp_path / "graph.json").code == 0
+    with (tmp_path / "seen").open("w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert run("inspect", named, "--json").code == 0
+    seen, exported = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("seen", "graph.json"))
+    assert seen == exported
+    assert "m\u00f6del" in str(seen)
 
 
 SLOW = """
