@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
@@ -24,11 +24,13 @@ _ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOA
 @dataclass(frozen=True, slots=True)
 class Group:
     """What a config group means. `format` is the one that counts for its tensors: its own, the common one, or the
-    scheme's where neither says.
+    scheme's where neither says, or where there is only one. own: whether it is its own; where not, Transformers takes
+    the scheme's.
     """
 
     scheme: Scheme
     format: Format
+    own: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +142,20 @@ def _group(name: str, written: Mapping[str, Any], quantization: Mapping[str, Any
     known = common if common in {str(member) for member in Format} else None
     (parsed,) = parse_quantization_config({"format": known, "config_groups": {name: written}}).groups
     explicit = written.get("format") or (known if known not in ("mixed-precision", "dense") else None)
-    return Group(parsed.scheme, parsed.format if explicit else parsed.scheme.format)
+    by_format = explicit and not _known_by_numbers(parsed.scheme)
+    format = parsed.format if by_format else parsed.scheme.format
+    return Group(parsed.scheme, format, own=bool(written.get("format")))
+
+
+def _known_by_numbers(scheme: Scheme) -> bool:
+    """Whether vLLM and SGLang look at no format: for NVFP4 and MX, their tensors lie in one way only."""
+    return scheme.weights.is_nvfp4 or scheme.weights.is_mx
 
 
 def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: Mapping[str, Any]) -> Iterator[Finding]:
     scheme = group.scheme
     mixed = quantization.get("format") == Format.MIXED_PRECISION
-    by_format = not (scheme.weights.is_nvfp4 or scheme.weights.is_mx)
+    by_format = not _known_by_numbers(scheme)
     common = quantization.get("format")
     written_format = "missing" if common is None else str(common)[:80]
     if not written.get("format") and (mixed or (by_format and common not in _STORED)):
@@ -159,7 +168,7 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             f"format is {written_format} and group {name} ({scheme.short}) has none of its own: {does}",
             f'write "format": "{scheme.format}" into the group',
         )
-    elif group.format is Format.MXFP8 and not scheme.weights.is_mx:
+    elif group.format is Format.MXFP8 and not scheme.weights.is_mx and scheme.weights.type == "float":
         yield Finding.of(
             "scale-dtype-missing",
             MODEL,
@@ -167,6 +176,15 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             f"group {name} is {group.format} without scale_dtype: vLLM does not know it as MXFP8 and raises, "
             "Transformers multiplies by the exponents",
             'write "scale_dtype": "torch.uint8" into weights and input_activations',
+        )
+    elif not by_format and (own := written.get("format")) not in (None, scheme.format):
+        yield Finding.of(
+            "format-disagrees",
+            MODEL,
+            ("transformers",),
+            f"group {name} is {scheme.short} in format {str(own)[:80]}: Transformers reads other numbers, "
+            "or raises; vLLM knows this scheme by its numbers",
+            f'write "format": "{scheme.format}" into the group',
         )
     elif not _vllm_takes(group):
         yield Finding.of(
@@ -176,6 +194,14 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             f"group {name} is {scheme.short} in format {group.format}: vLLM raises NotImplementedError (No "
             "compressed-tensors compatible scheme was found)",
             f"store it as {scheme.format}",
+        )
+    elif group.format is (Format.FLOAT_QUANTIZED if scheme.weights.type == "int" else Format.INT_QUANTIZED):
+        yield Finding.of(
+            "format-untidy",
+            MODEL,
+            (),
+            f"group {name} is {scheme.short} in format {group.format}: loaders go by the type",
+            f'write "format": "{scheme.format}" into the group',
         )
     args = {part: written.get(part) or {} for part in ("weights", "input_activations")}
     if scheme.weights.is_nvfp4 and any(args[part] and not args[part].get("scale_dtype") for part in args):
@@ -192,8 +218,8 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
 def _vllm_takes(group: Group) -> bool:
     """Whether `_get_scheme_from_parts` of vLLM 0.32 finds a class for a scheme in this format, on some hardware."""
     weights, inputs, format = group.scheme.weights, group.scheme.input_activations, group.format
-    if weights.is_nvfp4 or weights.is_mx:
-        return True  # told by their numbers alone
+    if _known_by_numbers(group.scheme):
+        return True
     if weights.type == "float":
         return format in _ACTIVATION_FORMATS
     if inputs is None:

@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
         target_repeated="one target stands in several groups: loaders take the last",
         ignore_unmatched="an `ignore` entry matches nothing",
         overlap_alike="targets of two groups take one layer, and all loaders choose alike",
-        format_untidy="`mixed-precision` with one format only, or a group without the format it does not need",
+        format_untidy="a format that loaders do not need, left out or of the other type of numbers",
         key_unknown="a key of `quantization_config` that loaders ignore",
     ),
 }

@@ -91,14 +91,7 @@ class Stored:
             differences = [] if wanted is None else self._differences(linear, wanted)
             other = self._other_format(linear, meaning) if differences else None
             if other is not None:
-                yield Finding.of(
-                    "format-disagrees",
-                    name,
-                    ALL,
-                    f"the config says {meaning.format}, its tensors are {other}: loaders look for other tensors, and "
-                    "raise or run at random",
-                    f'write "format": "{other}" into its group',
-                )
+                yield _of_format(name, meaning, other)
             elif differences and (owner := self._other_group(linear, meaning)) is not None:
                 stored = self._config.groups[owner].scheme.short
                 message = f"the config says {meaning.scheme.short}, its tensors are those of {owner} ({stored})"
@@ -221,9 +214,11 @@ class Stored:
         return next((name for name, other in others if self.fits(linear, other)), None)
 
     def _other_format(self, linear: Linear, group: Group) -> Format | None:
-        for format in (group.scheme.format, Format.PACK_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED):
-            integer = group.scheme.weights.type == "int"
-            if format is group.format or integer == (format is Format.FLOAT_QUANTIZED):
+        formats = [group.scheme.format]
+        if group.scheme.weights.type == "int":
+            formats += [Format.PACK_QUANTIZED, Format.INT_QUANTIZED]
+        for format in formats:
+            if format is group.format:
                 continue
             wanted = self._wanted(linear, group, format)
             if wanted is not None and not self._differences(linear, wanted):
@@ -237,10 +232,30 @@ def _alike(part: str, found: TensorMeta, wanted: Spec) -> bool:
 
 
 def _same_dtype(part: str, found: torch.dtype, wanted: torch.dtype) -> bool:
-    """Loaders copy scales into their own dtype, so any float of 16 bits or more does."""
+    """Loaders copy scales and zero points into their own dtype, so any float of 16 bits or more does, and any integer
+    that is wide enough: the values are looked at by themselves.
+    """
     if part == "weight_shape":
         return found in _SIZES
-    return found == wanted or (wanted in _FLOATS and found in _FLOATS)
+    if part == "input_zero_point":
+        return found in (torch.int8, torch.int16, *_SIZES)
+    scales = _FLOATS | {torch.float8_e4m3fn} if part == "weight_scale" else _FLOATS
+    return found == wanted or (wanted in scales and found in _FLOATS)
+
+
+def _of_format(name: str, group: Group, other: Format) -> Finding:
+    """Tensors of another format than the config says. Who looks for those of the written one?"""
+    loaders = [*ALL]
+    if group.format is Format.NVFP4 and other is not Format.PACK_QUANTIZED:
+        loaders = ["transformers"]  # the others only read from it that activations are quantized
+    if not group.own and other is group.scheme.format:
+        loaders = [loader for loader in loaders if loader != "transformers"]
+    message = f"the config says {group.format}, its tensors are {other}"
+    mend = f'write "format": "{other}" into its group'
+    if not loaders:
+        return Finding.of("format-untidy", name, (), f"{message}: loaders go by its numbers", mend)
+    message += ": other tensors are looked for, and loading raises or leaves weights at random"
+    return Finding.of("format-disagrees", name, loaders, message, mend)
 
 
 def _told(name: str, group: Group, difference: _Difference, columns: int) -> Finding:
@@ -258,7 +273,8 @@ def _told(name: str, group: Group, difference: _Difference, columns: int) -> Fin
     if not _same_dtype(part, found.dtype, wanted[0]):
         # vLLM casts as it copies, which loses nothing where the integers are wider.
         wider = {found.dtype, wanted[0]} == {torch.int64, torch.int32}
-        return Finding.of("tensor-dtype", name, ("transformers",) if wider else ALL, message, _AGAIN)
+        loaders = ("transformers",) if wider else ALL
+        return Finding.of("tensor-dtype", name, loaders, message, _retyped(group, difference) or _AGAIN)
     if part == "weight_scale" and scheme.weights.strategy is Strategy.CHANNEL and len(found.shape) == 1:
         return Finding.of("scale-one-dimensional", name, ALL, f"{message}: they raise", "reshape it to [O, 1]")
     if part == "weight_packed" and group.format is Format.PACK_QUANTIZED:
@@ -269,6 +285,15 @@ def _told(name: str, group: Group, difference: _Difference, columns: int) -> Fin
     if found.shape != wanted[1] and found.shape == wanted[1][::-1]:
         return Finding.of("tensor-shape", name, ALL, f"{message}: it is the transpose", "transpose it")
     return Finding.of("tensor-shape", name, ALL, message, _resized(group, difference, columns) or _AGAIN)
+
+
+def _retyped(group: Group, difference: _Difference) -> str | None:
+    """The type that the config would have to say for 8-bit codes to have the dtype that was found."""
+    found = None if difference.found is None else difference.found.dtype
+    type_ = {torch.int8: "int", torch.float8_e4m3fn: "float"}.get(found) if found is not None else None
+    if difference.part != "weight" or type_ is None:
+        return None
+    return f'write "type": "{type_}" into the weights of its group, and into its activations if they are that too'
 
 
 def _resized(group: Group, difference: _Difference, columns: int) -> str | None:

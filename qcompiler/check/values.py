@@ -15,10 +15,12 @@ from qcompiler.check.findings import ALL, Finding
 from qcompiler.check.linears import Linear, Linears
 from qcompiler.check.loaders import Meaning, Verdicts
 from qcompiler.checkpoints.header import TensorMeta
+from qcompiler.formats.bits import packed_words, unpack_words
 from qcompiler.scheme import QuantSpec
 
 _SCALES = ("weight_scale", "weight_global_scale", "input_global_scale", "input_scale")
 _DIVISORS = (*_SCALES[1:], "cache_scale")
+_WIDE = (torch.bfloat16, torch.float16, torch.float32)
 _NAN_EXPONENT = 255  # of E8M0
 _PLACES = 8  # where two tensors are compared
 _SAMPLE = 4096  # bytes at each
@@ -57,6 +59,8 @@ class Values:
         yield from self.scales(linear)
         if isinstance(meaning, Group):
             yield from self._zero_points(linear, meaning)
+            yield from self._dropped(linear, meaning)
+            yield from self._rounded(linear, meaning)
             yield from self._shape(linear)
 
     def scales(self, linear: Linear) -> Iterator[Finding]:
@@ -155,8 +159,8 @@ class Values:
         ]
         for part, spec in specs:
             meta = parts.get(part)
-            if meta is None or spec is None or meta.dtype != torch.int8:  # packed ones cannot leave their range
-                continue
+            if meta is None or spec is None or not (meta.dtype == torch.int8 or part == "input_zero_point"):
+                continue  # packed ones cannot leave their range
             low, high = -(1 << (spec.bits - 1)), (1 << (spec.bits - 1)) - 1
             wrong = sum(int(((v < low) | (v > high)).sum()) for v in self._checkpoint.chunks(meta))
             if wrong:
@@ -164,6 +168,43 @@ class Values:
                     f"{wrong} values of {part} are outside {low} to {high}: loaders take other numbers, or the low bits"
                 )
                 yield Finding.of("zero-point-range", linear.name, ALL, message, _MEND)
+
+    def _dropped(self, linear: Linear, group: Group) -> Iterator[Finding]:
+        """Zero points that Transformers drops, because the config says symmetric, and that mean something."""
+        parts, scheme = self._checkpoint.parts.get(linear.name, {}), group.scheme
+        weights, inputs = parts.get("weight_zero_point"), parts.get("input_zero_point")
+        does = "are not those of symmetric numbers, which the config says these are: Transformers drops them, and"
+        if weights is not None and scheme.weights.symmetric and self._means(weights, scheme.weights, linear):
+            message = f"zero points {does} reads other weights"
+            yield Finding.of("zero-point-unexpected", linear.name, ("transformers",), message, "write symmetric: false")
+        symmetric = scheme.input_activations is not None and scheme.input_activations.symmetric
+        if inputs is not None and symmetric and any(bool(values.any()) for values in self._checkpoint.chunks(inputs)):
+            message = f"input_zero_point: zero points {does} rounds other activations"
+            mend = "write symmetric: false into its input_activations"
+            yield Finding.of("tensor-unexpected", linear.name, ("transformers",), message, mend)
+
+    def _means(self, meta: TensorMeta, spec: QuantSpec, linear: Linear) -> bool:
+        """Whether zero points of symmetric weights are others than the middle of their range."""
+        if meta.dtype != torch.int32:
+            return any(bool(values.any()) for values in self._checkpoint.chunks(meta))
+        rows, columns = linear.path.out_features, linear.path.in_features
+        # Of another shape, they are an error whatever they mean, and may take forever.
+        if len(meta.shape) != 2 or packed_words(rows, spec.bits) != meta.shape[0] or not 0 < meta.shape[1] <= columns:
+            return True
+        words = torch.cat([*self._checkpoint.chunks(meta)]).view(meta.shape)
+        return bool(unpack_words(words.T, spec.bits, rows).any())
+
+    def _rounded(self, linear: Linear, group: Group) -> Iterator[Finding]:
+        """NVFP4 scales of a wider dtype, which every loader rounds to FP8."""
+        meta = self._checkpoint.parts.get(linear.name, {}).get("weight_scale")
+        if not group.scheme.weights.is_nvfp4 or meta is None or meta.dtype not in _WIDE:
+            return
+        large = sum(int(v.to(torch.float8_e4m3fn).float().isnan().sum()) for v in self._checkpoint.chunks(meta))
+        if large:
+            message = (
+                f"weight_scale is {str(meta.dtype).removeprefix('torch.')}, and {large} values are beyond FP8's range"
+            )
+            yield Finding.of("tensor-dtype", linear.name, ALL, f"{message}: loaders read it as FP8", _MEND)
 
     def _shape(self, linear: Linear) -> Iterator[Finding]:
         meta = self._checkpoint.parts.get(linear.name, {}).get("weight_shape")

@@ -8,6 +8,8 @@ The formats are compressed-tensors', as its compressors write and vLLM's schemes
   decompresses groups and int8 zero points in the scale's shape.
 - naive-quantized: vLLM counts it among the formats with quantized activations and maps FP8 weights without an input
   scheme to W8A16Fp8 (tensor, channel, block); FP8 in groups other than MXFP8 has no scheme there.
+- int-quantized, float-quantized and naive-quantized are one reader in the library, and one set of formats to vLLM: the
+  dtype of the codes is that of the weights' type, whichever of the three is written.
 - input_zero_point is int8 whatever the width of the activations: the library's zp_dtype, and vLLM's parameter.
 """
 
@@ -41,10 +43,10 @@ def layout(
             tensors["weight_shape"] = (torch.int64, (2,))
         case Format.NVFP4 | Format.MXFP4:
             tensors["weight_packed"] = (torch.uint8, (out_features, in_features // 2))
-        case Format.INT_QUANTIZED:
-            tensors["weight"] = (torch.int8, shape)
-        case _:
+        case Format.MXFP8:
             tensors["weight"] = (torch.float8_e4m3fn, shape)
+        case _:
+            tensors["weight"] = (torch.int8 if spec.type == "int" else torch.float8_e4m3fn, shape)
     tensors["weight_scale"] = (_scale_dtype(spec, dtype), scales)
     if spec.is_nvfp4:
         tensors["weight_global_scale"] = (torch.float32, (1,))

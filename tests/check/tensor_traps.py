@@ -18,6 +18,22 @@ def zero_points_of_a_symmetric_layer(edited: Edited) -> None:
     give_zero_points(edited, DOWN)
 
 
+@trap("packed", "zero-point-unexpected", DOWN)
+def zero_points_that_mean_something_of_a_symmetric_layer(edited: Edited) -> None:
+    give_zero_points(edited, DOWN)
+    edited.change(f"{DOWN}.weight_zero_point", lambda words: words + 1)
+
+
+@trap("mixed", "tensor-unexpected", DOWN)
+def an_activation_zero_point_that_means_something_of_symmetric_activations(edited: Edited) -> None:
+    edited.tensors[f"{DOWN}.input_zero_point"] = torch.tensor([3], dtype=torch.int8)
+
+
+@trap("mixed", "tensor-unexpected", DOWN, ("vllm", "sglang"))
+def an_activation_zero_point_of_zero_of_symmetric_activations(edited: Edited) -> None:
+    edited.tensors[f"{DOWN}.input_zero_point"] = torch.tensor([0], dtype=torch.int8)
+
+
 @trap("channel", "scale-one-dimensional", DOWN)
 def channel_scales_of_one_dimension(edited: Edited) -> None:
     edited.change(f"{DOWN}.weight_scale", lambda scale: scale.flatten())
@@ -68,6 +84,23 @@ def an_activation_scale_of_a_weight_only_layer(edited: Edited) -> None:
 @trap("packed", "tensor-dtype", DOWN, ("transformers",))
 def packed_words_of_64_bits(edited: Edited) -> None:
     edited.change(f"{DOWN}.weight_packed", lambda packed: packed.long())
+
+
+@trap("channel", "tensor-dtype", DOWN)
+def floats_that_the_config_calls_integers(edited: Edited) -> None:
+    for part in ("weights", "input_activations"):
+        edited.group()[part]["type"] = "int"
+
+
+@trap("mixed", "tensor-dtype", DOWN)
+def integers_that_the_config_calls_floats(edited: Edited) -> None:
+    for part in ("weights", "input_activations"):
+        edited.group("group_1")[part]["type"] = "float"
+
+
+@trap("nvfp4", "tensor-dtype", DOWN)
+def wide_scales_beyond_the_range_of_their_dtype(edited: Edited) -> None:
+    edited.change(f"{DOWN}.weight_scale", lambda scale: scale.float() * 4)
 
 
 @trap("packed", "tensor-dtype", OUTPUT)

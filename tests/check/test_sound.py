@@ -16,7 +16,7 @@ from torch import Tensor
 import qcompiler
 from qcompiler.check import CheckReport, Severity, check_checkpoint
 from qcompiler.demo import calibration_text, model_path
-from tests.check.checkpoints import Edited
+from tests.check.checkpoints import DOWN, GATE, UP, Edited
 from tests.check.conftest import PIPELINES, Base, Check
 from tests.compile.tiny import model_config, stored
 
@@ -178,19 +178,47 @@ def a_tied_head_of_its_own_values(edited: Edited) -> None:
     edited.config["tie_word_embeddings"] = True
 
 
+def floats_called_integers_by_their_format(edited: Edited) -> None:
+    edited.quantization["format"] = edited.group()["format"] = "int-quantized"
+
+
+def integers_called_floats_by_their_format(edited: Edited) -> None:
+    edited.group("group_1")["format"] = "float-quantized"
+
+
+def a_common_format_that_no_loader_looks_at(edited: Edited) -> None:
+    edited.quantization["format"] = "nvfp4-pack-quantized"
+    del edited.group()["format"]
+
+
+def scales_of_nvfp4_that_are_wide(edited: Edited) -> None:
+    edited.change(f"{DOWN}.weight_scale", Tensor.float)
+
+
+def activation_zero_points_that_are_wide(edited: Edited) -> None:
+    edited.group("group_1")["input_activations"]["symmetric"] = False
+    for name in (GATE, UP, DOWN):
+        edited.tensors[f"{name}.input_zero_point"] = torch.tensor([3], dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("name", "edit", "told"),
     [
-        (dense_says_that_it_is_not_sparse, []),
-        (one_target_in_two_groups, [("target-repeated", Severity.INFO), ("overlap-alike", Severity.INFO)]),
-        (an_index_that_lacks_a_tensor, [("index-incomplete", Severity.INFO)]),
-        (a_tied_head_of_its_own_values, [("tied-differ", Severity.WARNING)]),
+        ("packed", dense_says_that_it_is_not_sparse, []),
+        ("packed", one_target_in_two_groups, [("target-repeated", Severity.INFO), ("overlap-alike", Severity.INFO)]),
+        ("packed", an_index_that_lacks_a_tensor, [("index-incomplete", Severity.INFO)]),
+        ("packed", a_tied_head_of_its_own_values, [("tied-differ", Severity.WARNING)]),
+        ("channel", floats_called_integers_by_their_format, [("format-untidy", Severity.INFO)]),
+        ("channel", a_common_format_that_no_loader_looks_at, [("format-untidy", Severity.INFO)]),
+        ("mixed", integers_called_floats_by_their_format, [("format-untidy", Severity.INFO)]),
+        ("mixed", activation_zero_points_that_are_wide, []),
+        ("nvfp4", scales_of_nvfp4_that_are_wide, []),
     ],
 )
 def test_what_all_loaders_read_alike_is_no_error(
-    edit: Callable[[Edited], object], told: list[tuple[str, Severity]], base: Base, checked: Check
+    name: str, edit: Callable[[Edited], object], told: list[tuple[str, Severity]], base: Base, checked: Check
 ) -> None:
-    edited = base("packed")
+    edited = base(name)
     edit(edited)
     assert {(f.code, f.severity) for f in checked(edited).findings} - {("no-kernel", Severity.WARNING)} == set(told)
 

@@ -315,6 +315,27 @@ def eight_bits_called_packed(edited: Edited) -> None:
     edited.group("group_1")["format"] = "pack-quantized"
 
 
+@trap("packed", "format-disagrees", DOWN, ("vllm", "sglang"), also=("format-unread",))
+def a_common_format_that_transformers_does_not_look_at(edited: Edited) -> None:
+    edited.quantization["format"] = "int-quantized"
+    del edited.group()["format"]
+
+
+@trap("mixed", "format-disagrees", DOWN, ("transformers",))
+def a_format_that_only_says_to_vllm_that_activations_are_quantized(edited: Edited) -> None:
+    edited.group("group_1")["format"] = "nvfp4-pack-quantized"
+
+
+@trap("mxfp8", "format-disagrees", loaders=("transformers",))
+def mx_called_plain_floats(edited: Edited) -> None:
+    edited.quantization["format"] = edited.group()["format"] = "float-quantized"
+
+
+@trap("nvfp4", "format-disagrees", loaders=("transformers",))
+def nvfp4_called_mxfp4(edited: Edited) -> None:
+    edited.quantization["format"] = edited.group()["format"] = "mxfp4-pack-quantized"
+
+
 @trap("mxfp8", "scale-dtype-missing", loaders=("vllm", "transformers"), also=("tensor-dtype",))
 def mx_without_the_dtype_of_its_scales(edited: Edited) -> None:
     del edited.group()["weights"]["scale_dtype"]
