@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from qcompiler.ir.annotations import (
 from qcompiler.ir.edit import insert, stand_between
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.observers import unobserved
+from qcompiler.ir.observers import as_one, unobserved
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.rules.observers import needs_statistics
@@ -111,12 +111,8 @@ class InsertObservers(GraphPass):
             assert source is not None
             assert quant.scheme.input_activations is not None
             watched.setdefault((source, quant.scheme.input_activations), []).append(node)
-        ids: dict[str, str] = {}  # by module: its calls share one
-        for (source, spec), readers in watched.items():
-            paths = tuple(need(node, Leaf).path for node in readers)
-            group = need(readers[0], Role).input_group
-            id_ = next((ids[path] for path in paths if path in ids), f"{group}.{spec.short}")
-            ids |= dict.fromkeys(paths, id_)
+        shared = as_one([_asked(readers, spec.short) for (_, spec), readers in watched.items()])
+        for ((source, spec), readers), (id_, paths) in zip(watched.items(), shared, strict=True):
             kind, because = self._kind(spec)
             observer = Observer(id_, kind, spec, "input", paths, because, self.percentile)
             observed = insert(graph, observe, (source,), before=readers[0], like=source)
@@ -138,12 +134,8 @@ class InsertObservers(GraphPass):
         watched: dict[Node, list[Node]] = {}
         for node in wanted:
             watched.setdefault(unobserved(node), []).append(node)
-        ids: dict[str, str] = {}  # by module: its calls share one
-        for source, linears in watched.items():
-            paths = tuple(need(node, Leaf).path for node in linears)
-            group = need(linears[0], Role).input_group
-            id_ = next((ids[path] for path in paths if path in ids), f"{group}.{kind.what}")
-            ids |= dict.fromkeys(paths, id_)
+        shared = as_one([_asked(linears, kind.what) for linears in watched.values()])
+        for (source, linears), (id_, paths) in zip(watched.items(), shared, strict=True):
             because = f"{self.name}: {', '.join(sorted({wanted[node] for node in linears}))} needs it"
             readers = [user for user in source.users if user in linears or user.target is observe]
             collected = insert(graph, observe, (source,), before=_first(graph, readers), like=source)
@@ -159,6 +151,11 @@ class InsertObservers(GraphPass):
             paths = (cached.path,)
             observer = Observer(id_, self.kv_cache, spec.numbers, cached.part, paths, (because,), self.percentile)
             annotate(observed, observer)
+
+
+def _asked(linears: Sequence[Node], what: str) -> tuple[str, tuple[str, ...]]:
+    """A statistic of the tensor that these linears read: its id, and who uses it."""
+    return f"{need(linears[0], Role).input_group}.{what}", tuple(need(node, Leaf).path for node in linears)
 
 
 def _first(graph: Graph, nodes: list[Node]) -> Node:

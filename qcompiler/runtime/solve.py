@@ -169,7 +169,7 @@ class SolveStep(PartitionStep):
         jobs = [
             gptq.Job(path, work.weights[f"{path}.weight"], rounded[path], options)
             for path, options in asked.items()
-            if options is not None and path in hessians
+            if options is not None
         ]
         return gptq.solve(jobs, hessians, work.workers)
 

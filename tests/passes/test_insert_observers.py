@@ -15,9 +15,20 @@ from transformers import PreTrainedModel
 
 from qcompiler.capture.twin import build_twin
 from qcompiler.errors import LegalityError
-from qcompiler.ir.annotations import Leaf, Observer, get, need
+from qcompiler.ir.annotations import (
+    AnyObserver,
+    ChannelObserver,
+    HessianObserver,
+    Leaf,
+    Observer,
+    Role,
+    get,
+    need,
+    observed,
+)
 from qcompiler.ir.fx import is_op, tensor_arg, value
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.observers import as_one
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 from qcompiler.ir.printer import Printer, print_graph
@@ -27,7 +38,7 @@ from qcompiler.runtime.evaluate import evaluate
 from qcompiler.scheme import PRESETS, Strategy, preset
 from tests.capture.models import captured
 from tests.conftest import Golden
-from tests.ir.graphs import insert, leaf, observers
+from tests.ir.graphs import again, changed, insert, leaf, observers
 from tests.passes.models import assign, block, copied, recurrent, rule, run
 from tests.renaming import renamed
 from tests.zoo import tiny_config
@@ -174,6 +185,35 @@ def test_calls_of_one_module_share_a_statistic() -> None:
     first, second = observers(graph, "input")
     assert first.args != second.args
     assert need(first, Observer).id == need(second, Observer).id
+
+
+@pytest.mark.parametrize("kind", [Observer, HessianObserver, ChannelObserver])
+def test_linears_that_share_an_input_once_share_the_statistic_of_all_their_inputs(kind: type[AnyObserver]) -> None:
+    """Gate and up read one tensor, and gate reads another too: each observer must know that up needs it."""
+    rules = rule("W4A16" if kind is HessianObserver else "FP8", structure="mlp-input", layers=0)
+    if kind is HessianObserver:
+        rules = {**rules, "solver": "gptq"}
+    graph = run(block(), assign(rules)).graph
+    second = changed(again(graph, leaf(graph, f"{LAYER}.mlp.gate_proj")), Role, input_group="another")
+    second.args = (leaf(graph, f"{LAYER}.input_layernorm"),)
+    importance = {"importance": kind is ChannelObserver}
+    done = run(graph, {"insert-observers": importance}).graph
+    found = [observer for node in done.nodes if isinstance(observer := observed(node), kind)]
+    assert len(found) == 2
+    assert {observer.id for observer in found} == {found[0].id}
+    for observer in found:
+        assert observer.consumers == (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj")
+
+
+def test_statistics_that_meet_in_one_module_are_the_first() -> None:
+    asked = [("a", ("gate",)), ("b", ("up",)), ("c", ("down",)), ("d", ("up", "gate")), ("c", ("other",))]
+    assert as_one(asked) == [
+        ("a", ("gate", "up")),
+        ("a", ("gate", "up")),
+        ("c", ("down", "other")),
+        ("a", ("gate", "up")),
+        ("c", ("down", "other")),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from qcompiler.ir.annotations import (
+    AnyObserver,
     HessianObserver,
     Leaf,
     LeafKind,
@@ -109,14 +110,14 @@ def _observer_shared(graph: Graph) -> Broken:
 
 
 def _observer_consistent(graph: Graph) -> Broken:
-    """One id is one statistic."""
-    first: dict[str, Observer] = {}
+    """One id is one statistic, whose users each of its observers names: they read what all of them saw."""
+    first: dict[str, AnyObserver] = {}
     for node in graph.nodes:
-        observer = get(node, Observer)
+        observer = observed(node)
         if observer is None:
             continue
         other = first.setdefault(observer.id, observer)
-        if replace(other, consumers=(), because=()) != replace(observer, consumers=(), because=()):
+        if type(other) is not type(observer) or replace(other, because=()) != replace(observer, because=()):
             yield node, f"two different observers share the id {observer.id!r}"
 
 

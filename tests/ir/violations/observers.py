@@ -123,6 +123,16 @@ def one_statistic_has_two_percentiles(graph: Graph) -> fx.Node:
     return changed(second, Observer, id=need(first, Observer).id, percentile=99.0)
 
 
+@breaks(
+    "observer-consistent",
+    "two different observers share the id 'l0.attention-input.fp8/tensor'",
+    module=f"(in module {OUT})",
+)
+def one_statistic_has_users_that_not_all_its_observers_name(graph: Graph) -> fx.Node:
+    first, second = observers(graph, "input")[:2]
+    return changed(second, Observer, like=first, consumers=need(second, Observer).consumers)
+
+
 @breaks("cache-observed", "the KV cache is quantized, but no keys and values are observed", module="")
 def a_quantized_cache_is_not_observed(graph: Graph) -> fx.Node:
     erase(graph, *observers(graph, "key"), *observers(graph, "value"))
