@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from qcompiler.ir.fx import Node, is_op, mutates, op_name, tensor_arg, value
+from qcompiler.errors import CaptureError
+from qcompiler.ir.annotations import Scope, need
+from qcompiler.ir.fx import Node, getitem, is_op, mutates, op_name, tensor_arg, value
 
 _SCATTER = {"aten.slice": torch.ops.aten.slice_scatter.default, "aten.select": torch.ops.aten.select_scatter.default}
 _SAME = frozenset(f"aten.{name}" for name in ("alias", "contiguous", "detach", "dropout", "to", "type_as"))
 _SHAPED = frozenset(f"aten.{name}" for name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"))
+_CUTS = ("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind")
 _UNKNOWN = (torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype)
 _MOVED = frozenset({"aten.permute", "aten.transpose", "aten.t"})
 
@@ -26,16 +29,68 @@ def functionalize(graph: fx.Graph) -> None:
     """Replace in-place operations on tensors that the graph made by their functional forms.
 
     Which nodes share memory is known from the fake tensors of the trace. A tensor that is written through a view with
-    no inverse here keeps all its writes in place, which is right but opaque to patterns; so does a parameter or input.
+    no inverse here keeps all its writes in place; so does a parameter or input. `refuse_writes` tells.
     """
+    written = {storage for node in graph.nodes if mutates(node) for storage in _storages(node)}
+    for node in list(graph.nodes):
+        if not written.isdisjoint(_storages(node)) and (viewed := tensor_arg(node, 0)) is not None:
+            _take_apart(graph, node, viewed)
     sharing: dict[int, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         for storage in _storages(node):
             sharing[storage].append(node)
     for members in sharing.values():
+        if not isinstance(value(members[0]), Tensor):
+            del members[0]  # makes several tensors, each in a memory of its own
         memory = _Memory(graph, members)
         if any(mutates(node) for node in members) and memory.is_understood():
             memory.rewrite()
+
+
+def refuse_writes(graph: fx.Graph, name: str) -> None:
+    """Raise `CaptureError` where a model of this name still writes in place.
+
+    Batches run through parts of a graph, some of them twice, and values wait between: a write would be left out, or
+    done again.
+    """
+    for node in graph.nodes:
+        if mutates(node):
+            calls = need(node, Scope).calls
+            where = f" in {calls[-1][1]}" if calls and calls[-1][1] else ""
+            raise CaptureError(
+                f"{name} cannot be captured: {op_name(node)}{where} writes into a parameter, a buffer or an input, or "
+                "through a view that has no inverse here",
+                hint="compute a new tensor there (`x = x + y` in place of `x += y`), and read that",
+            )
+
+
+def _take_apart(graph: fx.Graph, node: Node, viewed: Node) -> None:
+    """Make the parts that `node` cuts `viewed` into views of their own: slices, which have an inverse."""
+    parts = value(node)
+    if not is_op(node, *_CUTS) or not isinstance(parts, list | tuple):
+        return
+    single = is_op(node, "aten.unbind")
+    position = 1 if single else 2
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    sizes = [1 if single else part.shape[dim] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    for reader in list(node.users):
+        index = getitem(reader)
+        if index is None:
+            continue
+        start = sum(sizes[:index])
+        with graph.inserting_before(reader):
+            if single:
+                part = graph.call_function(torch.ops.aten.select.int, (viewed, dim, start))
+            else:
+                part = graph.call_function(torch.ops.aten.slice.Tensor, (viewed, dim, start, start + sizes[index]))
+        part.meta = dict(reader.meta)
+        reader.replace_all_uses_with(part)
+        graph.erase_node(reader)
+    if not node.users:
+        graph.erase_node(node)
 
 
 def _storages(node: Node) -> set[int]:

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from qcompiler.capture.buffers import non_persistent_buffers
 from qcompiler.capture.export import export
+from qcompiler.capture.functional import refuse_writes
 from qcompiler.capture.raising import raise_leaves
 from qcompiler.capture.roles import annotate_roles
 from qcompiler.collector import collector_paused
-from qcompiler.ir.fx import Node, inputs, map_nodes, mutates
+from qcompiler.ir.fx import Node, inputs, map_nodes
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import layer_of
 
@@ -30,6 +31,7 @@ def capture_graph(model: PreTrainedModel, *, repeat: bool = True) -> Graph:
     """
     exported = export(model, repeat=repeat)
     raise_leaves(exported.graph, model)
+    refuse_writes(exported.graph, type(model).__name__)
     graph = Graph(
         exported.graph,
         model,
@@ -53,11 +55,9 @@ def _renumbered(graph: Graph) -> fx.Graph:
     layers = layer_of(graph)
     start = next((index for index, node in enumerate(nodes) if node in layers), 0)
     early, late = nodes[:start], nodes[start:]
-    if not any(map(mutates, early)):
-        early = _as_asked_for(early, late)
     fresh = fx.Graph()
     copies: dict[Node, Node] = {}
-    for node in [*early, *late]:
+    for node in [*_as_asked_for(early, late), *late]:
         args, kwargs = map_nodes((node.args, node.kwargs), copies.__getitem__)
         name = _NUMBER.sub("", node.name) if node.op == "call_function" else node.name
         copies[node] = fresh.create_node(node.op, node.target, args, kwargs, name, node.type)

@@ -16,7 +16,7 @@ from torch._dynamo import config as dynamo_config
 from torch.fx import config as fx_config
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from qcompiler.capture import capture_and_prove, capture_graph
 from qcompiler.capture.calls import undecorated
@@ -79,6 +79,18 @@ def test_the_graph_has_no_dropout_no_assertions_and_no_idle_casts() -> None:
         assert op_name(node) not in ("aten.dropout", "aten.detach", "aten._assert_tensor_metadata")
         if op_name(node) == "aten.to":
             assert node.args[0].meta["val"].dtype != node.meta["val"].dtype  # type: ignore[union-attr]
+
+
+def test_a_write_that_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        y.diagonal(dim1=-2, dim2=-1).add_(1)
+        return y
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    says = "aten.add_ in model.layers.0.mlp writes into a parameter, a buffer or an input, or through a view"
+    with pytest.raises(CaptureError, match=says):
+        capture_graph(on_meta("llama"))
 
 
 def test_the_order_is_that_of_the_graph_and_not_of_a_set_in_the_model() -> None:
