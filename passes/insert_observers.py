@@ -8,9 +8,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from qcompiler.errors import ConfigError, LegalityError
+from qcompiler.errors import ConfigError
 from qcompiler.ir.annotations import (
-    AnyObserver,
     ChannelObserver,
     HessianObserver,
     Leaf,
@@ -19,15 +18,13 @@ from qcompiler.ir.annotations import (
     annotate,
     get_quant,
     need,
-    observed,
     scheme_of,
 )
 from qcompiler.ir.edit import insert, stand_between
 from qcompiler.ir.fx import Node, tensor_arg
 from qcompiler.ir.graph import Graph, Stage
-from qcompiler.ir.observers import as_one, unobserved
+from qcompiler.ir.observers import as_one, check_partitions, unobserved
 from qcompiler.ir.ops import observe
-from qcompiler.ir.partition import partitions
 from qcompiler.ir.rules.observers import needs_statistics
 from qcompiler.patterns.cache import cached_tensors
 from qcompiler.patterns.place import place_transforms, rescales
@@ -81,7 +78,7 @@ class InsertObservers(GraphPass):
         self._collect(graph, ChannelObserver, channels)
         if graph.kv_cache is not None:
             self._observe_cache(graph, graph.kv_cache)
-        _check_partitions(graph)
+        check_partitions(graph)
 
     def _rescaled(self, graph: Graph) -> dict[Node, str]:
         """The linears whose inputs a transform rescales and that need to know it, with the transform's name."""
@@ -160,36 +157,3 @@ def _asked(linears: Sequence[Node], what: str) -> tuple[str, tuple[str, ...]]:
 
 def _first(graph: Graph, nodes: list[Node]) -> Node:
     return next(node for node in graph.nodes if node in nodes)
-
-
-def _check_partitions(graph: Graph) -> None:
-    """Calibration sees one partition at a time, so what one statistic takes in must lie in one."""
-    observers: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        if (observer := observed(node)) is not None:
-            observers.setdefault(observer.id, []).append(node)
-    if all(len(nodes) == 1 for nodes in observers.values()):
-        return
-    place = {node: part.name for part in partitions(graph) for node in part.nodes}
-    for nodes in observers.values():
-        names = dict.fromkeys(place[node] for node in nodes)
-        if len(names) > 1:
-            message, mend = _torn(observed(nodes[0]), ", ".join(names))
-            raise LegalityError(message, hint=mend)
-
-
-def _torn(observer: AnyObserver | None, places: str) -> tuple[str, str]:
-    assert observer is not None
-    what, mend = "Hessian of its inputs", "use solver rtn, or ignore this layer"
-    if isinstance(observer, ChannelObserver):
-        what, mend = "importance of its inputs", "leave importance out of insert-observers, or ignore this layer"
-    if isinstance(observer, Observer):
-        what = f"static scale of its {observer.purpose}"
-        mend = "use a scheme whose activations are dynamic, or ignore this layer"
-        if observer.purpose != "input":
-            mend = "remove kv_cache from assign"
-    return (
-        f"{observer.consumers[0]} runs in several partitions ({places}): no {what} can be measured, because "
-        "calibration sees one partition at a time",
-        mend,
-    )

@@ -1,12 +1,16 @@
-"""What observes the tensor that a linear reads."""
+"""What observes the tensor that a linear reads, and who shares a statistic."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from qcompiler.ir.annotations import AnyObserver, Leaf, need, observed
+from qcompiler.errors import LegalityError
+from qcompiler.ir.annotations import AnyObserver, ChannelObserver, Leaf, Observer, need, observed
 from qcompiler.ir.fx import Node, tensor_arg
+from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import observe
+from qcompiler.ir.partition import partitions
 
 
 def observers(linear: Node) -> Iterator[AnyObserver]:
@@ -55,3 +59,43 @@ def as_one(asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tupl
     for id_, paths in asked:
         users.setdefault(whole(id_), {}).update(dict.fromkeys(paths))
     return [(whole(id_), tuple(users[whole(id_)])) for id_, _ in asked]
+
+
+def check_partitions(graph: Graph) -> None:
+    """Raise `LegalityError` where what one statistic takes in, or who uses it, lies in several partitions.
+
+    Calibration sees one at a time.
+    """
+    seen: dict[str, AnyObserver] = {}
+    nodes: dict[str, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if (observer := observed(node)) is not None:
+            seen[observer.id] = observer
+            nodes[observer.id].append(node)
+    for node, _ in graph.linears():
+        for observer in observers(node):
+            nodes[observer.id].append(node)
+    place = {node: part.name for part in partitions(graph) for node in part.nodes}
+    for id_, observer in seen.items():
+        names = dict.fromkeys(place[node] for node in nodes[id_])
+        if len(names) > 1:
+            message, mend = _torn(observer, ", ".join(names))
+            raise LegalityError(message, hint=mend)
+
+
+def _torn(observer: AnyObserver, places: str) -> tuple[str, str]:
+    what, mend = "Hessian of its inputs", "use solver rtn, or ignore this layer"
+    if isinstance(observer, ChannelObserver):
+        what, mend = "importance of its inputs", "leave importance out of insert-observers, or ignore this layer"
+    if isinstance(observer, Observer):
+        what = f"static scale of its {observer.purpose}"
+        mend = "use a scheme whose activations are dynamic, or ignore this layer"
+        if observer.purpose != "input":
+            mend = "remove kv_cache from assign"
+    first, *others = observer.consumers
+    who = f"{first} runs" if not others else f"{first} and {len(others)} more that share an input with it run"
+    return (
+        f"{who} in several partitions ({places}): no {what} can be measured, because "
+        "calibration sees one partition at a time",
+        mend,
+    )
