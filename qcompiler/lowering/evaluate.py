@@ -157,7 +157,7 @@ def _operations(
             assert lowered.graph.kv_cache is not None, f"{path} rounds its cache, and the config does not say how"
             scale = reader.read(f"{source.names.disk_module(path)}.{cache_scale(kind)}")
             caches[path, kind] = Rounding(lowered.graph.kv_cache.numbers, scale.to(device))
-    return QuantizedOperations(weights, inputs, caches)
+    return QuantizedOperations(lowered.graph.model, weights, inputs, caches)
 
 
 def _round_as_the_library(operations: QuantizedOperations, node: Node, args: tuple[Any, ...]) -> Tensor:

@@ -61,7 +61,7 @@ def _run(
     if handler is not None:
         return handler(node, args)
     if node.op == "call_module":
-        return run_leaf(root, need(node, Leaf), args, tensors)
+        return run_leaf(root, need(node, Leaf).path, args, tensors)
     assert node.op == "call_function", node.op
     kwargs = map_nodes(node.kwargs, values.__getitem__)
     assert callable(node.target)
@@ -73,10 +73,10 @@ def _here(argument: Any, device: torch.device) -> Any:
     return device if isinstance(argument, torch.device) else argument
 
 
-def run_leaf(root: nn.Module, leaf: Leaf, args: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> Any:
-    """Call the leaf's module with its parameters and buffers taken from `tensors`."""
-    module = root.get_submodule(leaf.path)
+def run_leaf(root: nn.Module, path: str, args: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> Any:
+    """Call the module at `path` with its parameters and buffers taken from `tensors`."""
+    module = root.get_submodule(path)
     if type(module).forward is nn.Linear.forward:
-        return functional.linear(args[0], tensors[f"{leaf.path}.weight"], tensors.get(f"{leaf.path}.bias"))
+        return functional.linear(args[0], tensors[f"{path}.weight"], tensors.get(f"{path}.bias"))
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    return functional_call(module, {name: tensors[f"{leaf.path}.{name}"] for name in names}, args)
+    return functional_call(module, {name: tensors[f"{path}.{name}"] for name in names}, args)

@@ -159,7 +159,7 @@ def _collect(flow: Flow, work: PartitionWork, nodes: Sequence[Node]) -> bool:
     collector = Collector(segment, flow.watched[segment.name], stream.device)
     # What no observer depends on is not needed in this run: the last linear, for one.
     run = nodes if keep else [node for node in nodes if node in collector.needed]
-    stream.run(segment, run, work.weights, collector.handlers(served(work, nodes, stream.dtype)), keep=keep)
+    stream.run(segment, run, work.weights, collector.handlers(served(work, nodes, stream.model)), keep=keep)
     collector.give(work)
     trim_memory()  # the room that activations took
     return True
@@ -174,7 +174,7 @@ def _propagate(flow: Flow, work: PartitionWork, nodes: Sequence[Node]) -> bool:
     stream = flow.stream
     if stream is None or not flow.propagates or work.segment.name not in flow.feeding:
         return False
-    stream.run(work.segment, nodes, work.weights, always(served(work, nodes, stream.dtype)), keep=True)
+    stream.run(work.segment, nodes, work.weights, always(served(work, nodes, stream.model)), keep=True)
     return True
 
 

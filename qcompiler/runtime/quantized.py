@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from qcompiler.ir import ops
 from qcompiler.numerics import fake_quantize
-from qcompiler.runtime.evaluate import Handler
+from qcompiler.runtime.evaluate import Handler, run_leaf
 from qcompiler.scheme import QuantSpec
 
 
@@ -36,10 +35,12 @@ class Rounding:
 class QuantizedOperations:
     """The quantized operations of `qcompiler.ir.ops` with their numbers at hand.
 
-    `weights` are dequantized weights, and biases, by parameter path; `inputs` is what rounds the input of a layer, by
-    module path; `caches` is what rounds keys or values, by path of the attention and part.
+    `model` has the modules, on the meta device; `weights` are dequantized weights, and biases, by parameter path;
+    `inputs` is what rounds the input of a layer, by module path; `caches` is what rounds keys or values, by path of the
+    attention and part.
     """
 
+    model: nn.Module
     weights: Mapping[str, Tensor]
     inputs: Mapping[str, Rounding]
     caches: Mapping[tuple[str, str], Rounding]
@@ -51,7 +52,8 @@ class QuantizedOperations:
         return self.caches[attention, part](x)
 
     def quantized_linear(self, x: Tensor, layer: str) -> Tensor:
-        return functional.linear(x, self.weights[f"{layer}.weight"], self.weights.get(f"{layer}.bias"))
+        output: Tensor = run_leaf(self.model, layer, (x,), self.weights)  # as its class computes: Falcon's rounds twice
+        return output
 
     def handlers(self) -> dict[Any, Handler]:
         """What evaluates the nodes of a lowered graph."""

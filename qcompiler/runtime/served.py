@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qcompiler.ir.annotations import Leaf, Observer, get, need, scheme_of
 from qcompiler.ir.fx import Node
@@ -18,7 +18,7 @@ from qcompiler.runtime.evaluate import Handler
 from qcompiler.runtime.quantized import QuantizedOperations, Rounding
 
 
-def served(work: PartitionWork, nodes: Iterable[Node], dtype: torch.dtype) -> dict[Any, Handler]:
+def served(work: PartitionWork, nodes: Iterable[Node], model: PreTrainedModel) -> dict[Any, Handler]:
     """What evaluates the solved linears among `nodes`, and observed keys and values, as they will be served.
 
     Their dequantized weights take the place of those in `work.weights`.
@@ -31,13 +31,13 @@ def served(work: PartitionWork, nodes: Iterable[Node], dtype: torch.dtype) -> di
         linears.add(node.target)
         solved, scheme = work.solved[path], scheme_of(node)
         assert scheme is not None
-        work.weights[f"{path}.weight"] = dequantize(solved.weight, dtype)
+        work.weights[f"{path}.weight"] = dequantize(solved.weight, model.dtype)
         if scheme.input_activations is not None:
             inputs[path] = Rounding(
                 scheme.input_activations, solved.input_scale, solved.input_zero_point, solved.input_global_scale
             )
     caches = {(o.consumers[0], str(o.purpose)): Rounding(o.spec, scale) for o, scale in work.caches.items()}
-    operations = QuantizedOperations(work.weights, inputs, caches)
+    operations = QuantizedOperations(model, work.weights, inputs, caches)
     return {observe: partial(_round_cache, operations)} | dict.fromkeys(linears, partial(_run_linear, operations))
 
 

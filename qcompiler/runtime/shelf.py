@@ -71,7 +71,12 @@ class Shelf:
 
     def put(self, value: Any) -> Any:
         """Keep a value: what to give `get` for it. All but large tensors (on the CPU) it is itself."""
-        if not isinstance(value, Tensor) or value.nbytes < _SMALL:
+        if not isinstance(value, Tensor):
+            return value
+        held = value.untyped_storage().nbytes()
+        if held > value.nbytes:
+            value = value.clone(memory_format=torch.contiguous_format)  # without what it is a part of
+        if min(held, value.nbytes) < _SMALL:
             return value
         if self.in_memory + value.nbytes <= IN_MEMORY:
             self.in_memory += value.nbytes

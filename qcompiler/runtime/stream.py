@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qcompiler.data.batches import TokenBatch
-from qcompiler.ir.fx import Node, is_op, mutates, value
+from qcompiler.ir.annotations import scheme_of
+from qcompiler.ir.fx import Node, is_op, value
 from qcompiler.ir.graph import Graph, Partition
+from qcompiler.ir.ops import OPS
 from qcompiler.runtime.attention import attend_causally, is_causal, mask_of
 from qcompiler.runtime.evaluate import Handler, evaluate
 from qcompiler.runtime.shelf import Shelf
@@ -27,10 +30,14 @@ def always(handlers: Mapping[Any, Handler]) -> Handlers:
 
 
 def depends_on_tokens(graph: Graph) -> set[Node]:
-    """Nodes whose values depend on which tokens came in, not only on how many (masks and rotary tables do not)."""
+    """Nodes whose values depend on which tokens came in, not only on how many (masks and rotary tables do not).
+
+    So does, for all we say, what is observed or rounded: the handlers that do it come with a batch.
+    """
     found = {graph.input}
     for node in graph.nodes:
-        if not is_op(node, "aten.sym_size") and any(source in found for source in node.all_input_nodes):
+        handled = node.target in OPS.values() or scheme_of(node) is not None
+        if handled or (not is_op(node, "aten.sym_size") and any(source in found for source in node.all_input_nodes)):
             found.add(node)
     return found
 
@@ -56,7 +63,7 @@ class Stream:
     Values that depend on the tokens are kept for every batch; those that depend on the shape alone are computed and
     kept once per shape. Everything waits on the host, in the dtype that the graph gives it: on the `shelf`, where there
     is one, else in memory. Attention whose mask is of the shape alone, and the plain causal one, is computed without
-    it.
+    it; such a mask does not wait.
     """
 
     def __init__(
@@ -72,63 +79,70 @@ class Stream:
         self._batches = batches
         self.device = device
         self._tokens = depends_on_tokens(graph)
-        # A value that is written in place cannot be shared between batches.
-        if any(mutates(node) for node in graph.nodes if node not in self._tokens):
-            self._tokens = set(graph.nodes)
         self._last_reader = {node: index for index, part in enumerate(parts) for node in part.reads}
         self._last_reader[graph.output] = len(parts)  # the caller reads it
         self._index = {part.name: index for index, part in enumerate(parts)}
         self._values: list[dict[Node, Any]] = [{graph.input: batch.input_ids} for batch in batches]
-        self._shared: dict[torch.Size, dict[Node, Any]] = {batch.input_ids.shape: {} for batch in batches}
+        self._shapes: dict[torch.Size, list[int]] = {}  # the batches of each
+        for number, batch in enumerate(batches):
+            self._shapes.setdefault(batch.input_ids.shape, []).append(number)
+        self._shared: dict[torch.Size, dict[Node, Any]] = {shape: {} for shape in self._shapes}
         self._causal: dict[tuple[torch.Size, Node], bool] = {}  # masks that were looked at
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        dtype: torch.dtype = self._graph.model.dtype
-        return dtype
+    def model(self) -> PreTrainedModel:
+        """The model, on the meta device."""
+        return self._graph.model
 
     def run(
         self, part: Partition, nodes: Sequence[Node], weights: Mapping[str, Tensor], handlers: Handlers, *, keep: bool
     ) -> None:
         """Run every batch through `nodes`, up to the end of `part`; `keep` what later parts read, and nothing else."""
         index = self._index[part.name]
-        later = [node for node in nodes if self._last_reader.get(node, -1) > index]
+        later = [node for node in nodes if self._last_reader.get(node, -1) > index] if keep else []
         by_tokens = [node for node in nodes if node in self._tokens]
         by_shape = [node for node in nodes if node not in self._tokens]
-        wanted = {node for node in by_shape if any(user in self._tokens for user in node.users)} | {
-            node for node in later if node not in self._tokens
-        }
-        for shape, shared in self._shared.items():
-            example = next(batch for batch in self._batches if batch.input_ids.shape == shape)
-            values = {**shared, self._graph.input: example.input_ids}
-            shared |= self._evaluate(by_shape, values, weights, wanted, {})
-        attention = {shape: self._causal_attention(by_tokens, shape) for shape in self._shared}
-        kept = [node for node in later if node in self._tokens] if keep else []
-        needed = {source for node in by_tokens for source in node.all_input_nodes}
-        for batch, own in zip(self._batches, self._values, strict=True):
-            values = dict(self._shared[batch.input_ids.shape])
-            values |= {node: self._fetch(waiting) for node, waiting in own.items() if node in needed}
-            special = {**attention[batch.input_ids.shape], **handlers(batch)}
-            found = self._evaluate(by_tokens, values, weights, kept, special)
-            own |= {node: self._keep(result) for node, result in found.items()}
+        kept = [node for node in later if node in self._tokens]
+        read = {source for node in nodes for source in node.all_input_nodes}
+        wanted = {node for node in by_shape if any(user in self._tokens for user in node.users)}
+        wanted |= {node for node in later if node not in self._tokens}
+        # One shape after the other: masks grow with the square of the length.
+        for shape, numbers in self._shapes.items():
+            shared = self._shared[shape]
+            values = {node: self._fetch(waiting) for node, waiting in shared.items() if node in read}
+            values[self._graph.input] = self._batches[numbers[0]].input_ids
+            values |= self._evaluate(by_shape, values, weights, wanted, {})
+            attention = self._causal_attention(by_tokens, shape, values)
+            for number in numbers:
+                batch, own = self._batches[number], self._values[number]
+                mine = {node: self._fetch(waiting) for node, waiting in own.items() if node in read}
+                special = {**attention, **handlers(batch)}
+                found = self._evaluate(by_tokens, {**values, **mine}, weights, kept, special)
+                own |= {node: self._keep(result) for node, result in found.items()}
+                if keep:
+                    self._forget(own, index)
             if keep:
-                self._forget(own, index)
-        if keep:
-            for shared in self._shared.values():
+                waits = {node: self._without_mask(node, shape, values[node]) for node in later if node in wanted}
+                shared |= {node: self._keep(result) for node, result in waits.items()}
                 self._forget(shared, index)
 
-    def _causal_attention(self, nodes: Iterable[Node], shape: torch.Size) -> dict[Node, Handler]:
-        """What evaluates those of `nodes` that attend under the plain causal mask; each mask is looked at once."""
-        found: dict[Node, Handler] = {}
-        for node in nodes:
-            mask = mask_of(node)
-            if mask is None or mask not in self._shared[shape]:
-                continue
-            if (shape, mask) not in self._causal:
-                self._causal[shape, mask] = is_causal(self._shared[shape][mask])
-            if self._causal[shape, mask]:
-                found[node] = attend_causally
+    def _causal_attention(
+        self, nodes: Iterable[Node], shape: torch.Size, values: Mapping[Node, Any]
+    ) -> dict[Node, Handler]:
+        """What evaluates those of `nodes` that attend under the plain causal mask."""
+        masks = {node: mask for node in nodes if (mask := mask_of(node)) is not None and mask in values}
+        return {node: attend_causally for node, mask in masks.items() if self._is_causal(mask, shape, values[mask])}
+
+    def _is_causal(self, mask: Node, shape: torch.Size, found: Any) -> bool:
+        """Whether a mask is the causal one; each is looked at once."""
+        if (shape, mask) not in self._causal:
+            self._causal[shape, mask] = is_causal(found)
+        return self._causal[shape, mask]
+
+    def _without_mask(self, node: Node, shape: torch.Size, found: Any) -> Any:
+        """A value that is to wait; of a causal mask that only attention reads, its shape alone."""
+        if all(mask_of(user) is node for user in node.users) and self._is_causal(node, shape, found):
+            return found.new_ones(()).expand(found.shape)  # which is all of a mask of one token
         return found
 
     def _forget(self, values: dict[Node, Any], index: int) -> None:

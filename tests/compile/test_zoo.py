@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import qcompiler
 from qcompiler import Pipeline, Result
@@ -23,6 +24,7 @@ from tests.compile.tiny import (
     rule,
     save_tiny,
     stored,
+    tiny_model,
 )
 from tests.zoo import FAMILIES
 
@@ -95,6 +97,17 @@ def test_transformers_computes_what_was_compiled_or_it_was_refused(case: Case) -
     else:
         assert case.refused is not None, "it works: take it off the list"
         assert expected in case.refused
+
+
+def test_a_linear_that_adds_its_bias_apart_is_computed_so(tmp_path: Path) -> None:
+    """Falcon's rounds twice: the product, and the sum."""
+    model = tiny_model("falcon", bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "source")
+    compile_tiny(tmp_path / "source", tmp_path / "output", PIPELINES["floats"])
+    assert qcompiler.verify(tmp_path / "output").difference == 0
 
 
 def test_predicted_bytes_are_those_on_disk(case: Case) -> None:

@@ -74,6 +74,18 @@ def test_small_values_and_the_first_of_the_large_stay_in_memory(
         assert kept.put(value).tensor is value
 
 
+def test_a_part_is_kept_without_what_it_is_a_part_of(tmp_path: Path) -> None:
+    whole = large(0)
+    with Shelf(tmp_path / "output") as kept:
+        for part in (whole[:, :512], whole[0]):
+            found = kept.get(kept.put(part))
+            assert torch.equal(found, part)
+            assert found.untyped_storage().nbytes() == part.nbytes
+        assert kept.in_memory == whole[:, :512].nbytes
+        spread = torch.ones(1).expand(LARGE)
+        assert kept.put(spread) is spread, "which takes no room"
+
+
 @pytest.mark.usefixtures("no_memory")
 def test_the_place_of_what_is_dropped_is_used_again(tmp_path: Path) -> None:
     with Shelf(tmp_path / "output") as kept:
