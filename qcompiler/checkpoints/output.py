@@ -220,7 +220,7 @@ sync_folder = sync_file  # a folder's fsync makes the names in it durable
 
 
 def resolved(path: Path) -> Path:
-    """Absolute, links followed. A link that leads back to itself is kept: who opens it is told."""
+    """Absolute, links followed but those that lead back to themselves, which `check_output` refuses."""
     return Path(os.path.realpath(path))
 
 
@@ -245,6 +245,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
         if not os.access(above, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+        if output.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(output))
         if not output.exists():
             return
     if output.is_mount():

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qcompiler.errors import OutputError, printable
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
     from rich.text import Text
 
     from qcompiler.report import Report
@@ -29,17 +28,27 @@ _QUIET = {
 PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
-class _Output(FileIO):
-    """The file of standard output. Its errors are told from those of files that a command reads or writes."""
+class _Output(TextIOWrapper):
+    """Standard output, whose errors are told from those of files that a command reads or writes."""
 
-    def write(self, data: ReadableBuffer, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            raise OutputError(
-                f"standard output cannot be written: {error.strerror or error}",
-                hint="send it to a file on a disk with free space",
-            ) from error
+    def write(self, text: str, /) -> int:
+        with _writing():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _writing():
+            super().flush()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"standard output cannot be written: {error.strerror or error}",
+            hint="send it to a file on a disk with free space",
+        ) from error
 
 
 @contextmanager
@@ -62,8 +71,8 @@ def standard_output() -> Iterator[None]:
         return
     stdout.flush()
     # A stream of its own: what it could not write goes with it, and does not fail again when the interpreter ends.
-    output = TextIOWrapper(
-        BufferedWriter(_Output(descriptor, "wb", closefd=False)),
+    output = _Output(
+        BufferedWriter(FileIO(descriptor, "wb", closefd=False)),
         encoding=stdout.encoding,
         errors="backslashreplace" if stdout.errors in ("strict", "surrogateescape") else stdout.errors,
         line_buffering=stdout.line_buffering or stdout.write_through,
@@ -76,7 +85,7 @@ def standard_output() -> Iterator[None]:
         output.flush()  # an error here counts for more than the exit code
         raise
     finally:
-        with suppress(OutputError):
+        with suppress(OutputError, OSError):
             output.close()
 
 
