@@ -78,7 +78,8 @@ def in_parallel(
     On a CPU each item is computed by one thread, but for one that is alone. Torch's own parallelism meets at a barrier
     after every small operation, which costs more than it gains, and much more on a machine that does other work
     besides; also, what one thread computes does not depend on how many there are. Large items (by `size`) are begun
-    first. Torch's number of threads is restored. Raises what the first failing item raised.
+    first. Torch's number of threads is restored. Raises what the first item that fails raised, in the order in which
+    they are begun.
     """
     if workers.alone or len(items) < 2:
         return [work(item) for item in items]

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from qcompiler.errors import CheckpointError, DataError
+from qcompiler.errors import CheckpointError
 from qcompiler.ir.annotations import AnyObserver, Leaf, Observer, Quant, Role, get, get_quant, need
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
@@ -146,13 +146,7 @@ class SolveStep(PartitionStep):
             if not asked or blocked(rescale, work.solved):
                 continue
             start = perf_counter()
-            try:
-                result = transform(replace(rescale, asked=asked), work, quants, measured, nearest, fused=fused)
-            except ValueError as error:
-                raise DataError(
-                    f"{', '.join(asked)} cannot be transformed by {rescale.transform.name}: {error}",
-                    hint="check the weights and the dtype, or leave the transform out",
-                ) from error
+            result = transform(replace(rescale, asked=asked), work, quants, measured, nearest, fused=fused)
             seconds = perf_counter() - start
             work.spent["transform"] += seconds
             self._tell_transformed(result, seconds)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompiler.errors import DataError
 from qcompiler.ir.annotations import Observer
 from qcompiler.numerics import fake_quantize, nvfp4_global_scale, static_qparams
+from qcompiler.runtime.tokens import not_finite, real_tokens, unreached
 from qcompiler.scheme import Strategy
 
 _BINS = 2**16  # one for each number of 16 bits
@@ -48,10 +48,7 @@ class Statistic:
         rows = self._rows(x, mask)
         low, high = (torch.stack(ends).float() for ends in zip(*(torch.aminmax(row) for row in rows), strict=True))
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            raise DataError(
-                f"NaN or infinite activations enter {', '.join(self.observer.consumers)} during calibration",
-                hint="check the weights and the dtype: float16 overflows where bfloat16 does not",
-            )
+            raise not_finite(self.observer.consumers)
         if not self._per_head:
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
         self._low = low if self._low is None else torch.minimum(self._low, low)
@@ -62,11 +59,11 @@ class Statistic:
 
     def _rows(self, x: Tensor, mask: Tensor) -> Sequence[Tensor]:
         """Real tokens, in any order: of each head where heads have ranges of their own. Views where none is padding."""
-        cached = self.observer.purpose != "input"
+        if self.observer.purpose == "input":
+            return [real_tokens(x, mask)]
         if not bool(mask.all()):
-            mask = mask.to(x.device)
-            x = x.transpose(1, 2)[mask] if cached else x.reshape(mask.numel(), -1)[mask.flatten()]
-        elif cached and (self._per_head or not x.is_contiguous()):
+            x = x.transpose(1, 2)[mask.to(x.device)]
+        elif self._per_head or not x.is_contiguous():
             x = x.transpose(1, 2)  # as projections make them: heads after tokens
         return x.unbind(-2) if self._per_head else [x]
 
@@ -88,10 +85,8 @@ class Statistic:
         `mse` tries it with scales of `scale_dtype`. Raises `DataError` where no token ever came by.
         """
         if self._low is None or self._high is None:
-            raise DataError(
-                f"no calibration token reached {', '.join(self.observer.consumers)}: its range is unknown",
-                hint="use more calibration data, or a scheme whose activations are quantized dynamically",
-            )
+            mend = "use more calibration data, or a scheme whose activations are quantized dynamically"
+            raise unreached(self.observer.consumers, mend)
         low, high = self._low.clamp_max(0), self._high.clamp_min(0)
         if self.observer.kind == "percentile":
             low, high = self._percentiles(low, high)

@@ -17,8 +17,8 @@ from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.parallel import in_parallel
 from qcompiler.runtime.statistics import Statistic
 from qcompiler.scheme import QuantSpec
-from qcompiler.transforms.awq import rescaled, search
-from qcompiler.transforms.fold import fold
+from qcompiler.transforms.awq import search
+from qcompiler.transforms.fold import fold, rescaled
 from qcompiler.transforms.options import AwqOptions
 from qcompiler.transforms.smoothquant import smoothing_scale
 
@@ -66,7 +66,7 @@ def transform(
     """Choose the scale of one site and fold it into `work.weights`; `measured` becomes what it is of rescaled inputs.
 
     `quants` are those of the linears in `rescale.asked`; `fused`: of linears that share NVFP4's global scale, by path,
-    all that share it. Raises `ValueError` where inputs are not finite.
+    all that share it. Raises `DataError` where inputs are not finite, or none came by.
     """
 
     def rounded(which: int, weight: Tensor, scale: Tensor) -> Tensor:

@@ -56,11 +56,9 @@ class Factored:
 def factor(hessian: Tensor, options: GptqOptions) -> Factored:
     """Order, damp and factor a Hessian X^T X over the inputs X [tokens, I] of a layer: float32 [I, I], contiguous.
 
-    The Hessian is used up: its memory becomes the factor's. Raises `ValueError` where it is not finite, or not
-    positive even with a damping of 1.
+    The Hessian is used up: its memory becomes the factor's. Raises `ValueError` where it is not positive even with a
+    damping of 1.
     """
-    if not bool(hessian.diagonal().isfinite().all()):
-        raise ValueError("the Hessian has NaN or infinite values")
     order = _order(hessian, options)
     # The factor wanted is upper triangular from the last column on: that is Cholesky's of the reversed matrix.
     reorder_(hessian, order.flip(0))

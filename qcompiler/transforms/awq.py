@@ -25,6 +25,7 @@ from torch import Tensor
 from qcompiler.numerics import QuadraticForm, weight_amax
 from qcompiler.numerics.tensor import pieces
 from qcompiler.scheme import QuantSpec, Strategy
+from qcompiler.transforms.fold import rescaled
 from qcompiler.transforms.options import AwqOptions
 from qcompiler.transforms.ties import tied_mean
 
@@ -89,11 +90,7 @@ def search(
     float32 [I] is mean |X_j|, `hessian` float32 [I, I] is X^T X, `specs` are what the weights are rounded to, and
     channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32 and rounded to its dtype once, as
     it will be when the scale is folded. `each` may compute errors side by side: they do not depend on one another.
-
-    Raises `ValueError` where the inputs are not finite.
     """
-    if not bool(mean_abs.isfinite().all()):
-        raise ValueError("the mean activations have NaN or infinite values")
     activations = tied_mean(mean_abs.float(), ties)
     magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
     form = QuadraticForm(hessian, weights[0].dtype)
@@ -141,11 +138,10 @@ def _candidates(options: AwqOptions) -> list[Candidate]:
 
     From the middle of the range outwards: a good one early shows the others to be worse before they are all computed.
     """
-    kinds = (False, True) if options.duo_scaling == "both" else (bool(options.duo_scaling),)
-    points = options.grid // len(kinds) - (options.duo_scaling is True)
-    ratios = [i / max(points - 1, 1) for i in range(points)]
-    grid = [Candidate(ratio, duo) for ratio in ratios for duo in kinds if duo or ratio > 0]
-    return sorted(grid, key=lambda candidate: abs(candidate.ratio - 0.5))
+    with_weights = options.grid // 2 if options.duo_scaling == "both" else options.duo_scaling * (options.grid - 1)
+    points = {False: options.grid - with_weights, True: with_weights}
+    grid = [Candidate(i / max(count - 1, 1), duo) for duo, count in points.items() for i in range(count) if duo or i]
+    return sorted(grid, key=lambda candidate: (abs(candidate.ratio - 0.5), candidate.ratio, candidate.duo))
 
 
 def _scale(candidate: Candidate, activations: Tensor, magnitudes: Tensor | None) -> Tensor:
@@ -159,11 +155,6 @@ def _scale(candidate: Candidate, activations: Tensor, magnitudes: Tensor | None)
         return torch.ones_like(scale)
     low, high = scale[alive].aminmax()
     return torch.where(alive, scale / (low * high).sqrt(), 1.0)
-
-
-def rescaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight [O, I] once its producer gave it `scale` (float32 [I]), rounded once to its dtype."""
-    return (weight.float() * scale).to(weight.dtype)
 
 
 class _Errors:

@@ -48,6 +48,10 @@ def fold(site: Foldable, scale: Tensor, weights: MutableMapping[str, Tensor]) ->
             raise ValueError(f"{site.id}: features that grow with one channel of {gain.name} have different scales")
         weights[gain.name] = divided(parameter, rows, gain.offset).to(parameter.dtype)
     for name in site.weights:
-        weight = weights[name]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        weights[name] = (wide * scale.to(wide)).to(weight.dtype)
+        weights[name] = rescaled(weights[name], scale)
+
+
+def rescaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight [O, I] once its producer gave it `scale` [I]: in float32 at least, rounded once to its dtype."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide * scale.to(wide)).to(weight.dtype)

@@ -54,3 +54,16 @@ def test_the_first_failure_is_raised_and_what_was_not_begun_never_is(threads: in
         in_parallel(work, range(400), workers=workers)
     assert len(begun) <= 200
     assert torch.get_num_threads() == threads
+
+
+def test_of_items_that_fail_the_one_that_was_begun_first_is_told_of(workers: Workers) -> None:
+    def work(item: int) -> None:
+        raise ValueError(f"item {item}")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="item 4"):
+            in_parallel(work, range(5), workers=workers, size=lambda item: item)
+    finally:
+        torch.set_num_threads(before)

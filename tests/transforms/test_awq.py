@@ -187,11 +187,20 @@ def test_inputs_that_are_all_zero_mean_no_scale() -> None:
     assert choice.error == 0
 
 
-def test_inputs_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("duo", [True, False, "both"])
+@pytest.mark.parametrize("points", [2, 3, 10, 11])
+def test_as_many_points_are_tried_as_the_grid_has(points: int, duo: bool) -> None:
     weights, inputs = data(8)
-    inputs[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        searched(weights, inputs)
+    tried = 0
+
+    def counted(_: int, weight: Tensor, scale: Tensor) -> Tensor:
+        nonlocal tried
+        tried += 1
+        return torch.full_like(weight, 0.5)
+
+    options = AwqOptions(grid=points, duo_scaling=duo)
+    search([weights[0][:1]], inputs.abs().mean(0), inputs.T @ inputs, counted, options, specs=[INT4])
+    assert tried == points
 
 
 @pytest.mark.parametrize("name", WEIGHT_SPECS)
