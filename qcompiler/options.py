@@ -6,12 +6,13 @@ An option's value may hold tables itself, as the rules of `assign` do. `Options`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails
 
 from qcompiler.errors import ConfigError, did_you_mean
 
@@ -43,6 +44,18 @@ class Option:
     name: str
     type: Any
     default: Any = REQUIRED
+
+
+def named_table(tables: Mapping[str, type[BaseModel]], name: str, options: Any) -> BaseModel:
+    """The table of a name from `{name: options}`; the way to its mistakes leads over the name."""
+    try:
+        return tables[name].model_validate(options or {})
+    except ValidationError as error:
+        found: list[InitErrorDetails] = []
+        for item in error.errors():
+            details = InitErrorDetails(type=item["type"], loc=(name, *item["loc"]), input=item["input"])
+            found.append({**details, "ctx": item["ctx"]} if "ctx" in item else details)
+        raise ValidationError.from_exception_data(error.title, found) from None
 
 
 def tables_in(kind: Any) -> list[type]:
@@ -81,7 +94,7 @@ def _tables_at(table: type, path: Iterable[str | int]) -> list[type]:
     tables = [table]
     for step in path:
         deeper = [inner for t in tables for o in options_of(t) if o.name == step for inner in tables_in(o.type)]
-        tables = deeper or tables
+        tables = deeper or [table for table in tables if _is_named(table, step)] or tables
     return tables
 
 
@@ -124,10 +137,17 @@ def _known_part(loc: tuple[str | int, ...], cls: type[Options]) -> list[str | in
     known: list[str | int] = []
     for step in loc:
         tables = _tables_at(cls, known)
-        if isinstance(step, str) and not any(step in _arguments(t) or step in options_at(t, ()) for t in tables):
+        if isinstance(step, str) and not any(
+            step in _arguments(t) or step in options_at(t, ()) or _is_named(t, step) for t in tables
+        ):
             break
         known.append(step)
     return known
+
+
+def _is_named(table: type, step: str | int) -> bool:
+    """Whether a step is the name by which one of several tables is chosen, as in `solver: {gptq: {...}}`."""
+    return isinstance(step, str) and getattr(table, "name", None) == step
 
 
 def _arguments(table: type) -> list[str]:

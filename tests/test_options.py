@@ -52,7 +52,7 @@ _ANY = {"name": "*"}
         (
             Rule,
             {"select": _ANY, "scheme": None, "solver": {"gptq": {"damp": 1}}},
-            "solver.damp: GptqOptions has no such argument; did you mean 'damping'?",
+            "solver.gptq.damp: GptqOptions has no such argument; did you mean 'damping'?",
             "GptqOptions takes damping",
         ),
         (

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from qcompiler.errors import did_you_mean
-from qcompiler.options import Options
+from qcompiler.options import Options, named_table
 
 MAX_DAMPING = 1.0
 
@@ -48,7 +48,7 @@ def _named(value: Any) -> Any:
     ((name, options),) = value.items()
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}{did_you_mean(str(name), SOLVERS)}; known: {', '.join(SOLVERS)}")
-    return SOLVERS[name].model_validate(options or {})
+    return named_table(SOLVERS, name, options)
 
 
 def _plain(solver: RtnOptions | GptqOptions) -> Any:

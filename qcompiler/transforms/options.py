@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from qcompiler.errors import did_you_mean
-from qcompiler.options import Options
+from qcompiler.options import Options, named_table
 
 NO_TRANSFORM = "none"
 
@@ -52,7 +52,7 @@ def _named(value: Any) -> Any:
     if name not in TRANSFORMS:
         known = (NO_TRANSFORM, *TRANSFORMS)
         raise ValueError(f"unknown transform {name!r}{did_you_mean(str(name), known)}; known: {', '.join(known)}")
-    return TRANSFORMS[name].model_validate(options or {})
+    return named_table(TRANSFORMS, name, options)
 
 
 def _plain(transform: TransformOptions | None) -> Any:

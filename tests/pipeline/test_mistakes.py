@@ -92,6 +92,13 @@ def test_an_unknown_scheme_gets_near_presets_and_all_others() -> None:
         ("select: {min_parameters: -1}, scheme: FP8", ".select.min_parameters: Input should be greater than or equal"),
         ("select: {name: a}, scheme: {weights: {bits: 9}}", ".scheme.weights: integers have 2 to 8 bits, not 9"),
         ("select: {name: a}, scheme: {weights: W4A16}", ".scheme.weights: expected a mapping"),
+        (
+            "select: {name: a}, scheme: FP8, solver: {gptq: {damping: 0}}",
+            ".solver.gptq.damping: Input should be greater",
+        ),
+        ("select: {name: a}, scheme: FP8, solver: {gptq: {dampin: 1}}", ".solver.gptq.dampin: unknown option; did you"),
+        ("select: {name: a}, scheme: FP8, solver: {gptq: 3}", ".solver.gptq: expected a mapping"),
+        ("select: {name: a}, scheme: FP8, transform: {awq: {grid: 1}}", ".transform.awq.grid: Input should be greater"),
         ("select: {name: a}, scheme: FP8, solver: gtpq", ".solver: unknown solver 'gtpq'; did you mean 'gptq'?"),
     ],
 )
