@@ -77,7 +77,7 @@ class Assign(GraphPass):
             asked |= dict.fromkeys(self._apply(rule, who, scope, context), (rule, who))
         self._fit(asked, context)
         self._remember(leaves, ignored, find, context.running or self.name)
-        check_fusion(graph)
+        check_fusion(graph, mend="select by structure (attention-input, mlp-input) instead of by name")
         blocks = [leaf for _, leaf in graph.leaves() if leaf.kind is LeafKind.EXPERTS]
         if blocks:
             context.report.info(f"blocks of experts stay dense: {len(blocks)}, {blocks[0].path} the first of them")

@@ -99,7 +99,11 @@ class AssignTargets(GraphPass):
             context.report.fallback(text)
         for assignment in self.assignments:
             self._assign(assignment, graph, context)
-        check_fusion(graph)
+        check_fusion(
+            graph,
+            mend="let a target or an ignore mean all of them or none; `re:` matches beginnings of names: "
+            "re:.*gate means gate_proj too, and re:.*gate$ does not",
+        )
         if self.kv_cache is not None:
             graph.quantize_cache(self.kv_cache, by=self.name)
 

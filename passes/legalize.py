@@ -70,8 +70,9 @@ class Legalize(GraphPass):
         if graph.kv_cache is None and not any(site.scheme for site in everything):
             raise LegalityError(
                 "no linear is quantized: every one is dense"
-                + (", and Conv1D layers cannot be otherwise" if self._has_conv1d(graph) else ""),
-                hint="add a rule to assign",
+                + (", and Conv1D layers cannot be otherwise" if self._has_conv1d(graph) else "")
+                + "".join(f"\n  {note.text}" for note in context.report.notes if note.kind == "warning"),
+                hint="let a rule of assign, or a target, mean linears",
             )
         for note in notes(target, everything):
             context.report.info(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,7 @@ class Observers:
 
     def weights(self, name: str | None, kwargs: Mapping[str, Any], place: Place) -> None:
         """How scales of weights are chosen: by their range, if nothing is said. A weight is seen once: no averages."""
-        statistic = _statistic(name, place)
+        statistic = _KNOWN[_known(name, place)]
         self._weights.add(statistic)
         if statistic == "mse":
             said = f" with {', '.join(sorted(kwargs))}" if kwargs else ""
@@ -51,9 +52,10 @@ class Observers:
 
     def _range(self, name: str | None, what: str, place: Place) -> Statistic:
         """The other tool's default is a moving average of batches; only `static_minmax` sees all of them alike."""
-        statistic = _statistic(name, place)
-        if name != "static_minmax":
-            last = str(name).startswith("memoryless")
+        known = _known(name, place)
+        statistic = _KNOWN[known]
+        if known != "static_minmax":
+            last = known.startswith("memoryless")
             asked = "of the last batch" if last else "averaged over batches, the last ones most"
             kind = "range of least squared error" if statistic == "mse" else "range"
             self._tell(f"{what}, observer {name or 'minmax'}: the {kind} of all data, not one {asked}")
@@ -88,7 +90,9 @@ def overrides(modifier: Quantization, place: Place) -> dict[str, str]:
     return said or {str(key): name for key, name in (modifier.observer or {}).items()}
 
 
-def _statistic(name: str | None, place: Place) -> Statistic:
-    if (name or "minmax") not in _KNOWN:
+def _known(name: str | None, place: Place) -> str:
+    """The name as it stands in the table; the tool's own is read with any case, `-` and spaces for `_`."""
+    plain = re.sub("[ -]", "_", (name or "minmax").lower())
+    if plain not in _KNOWN:
         raise ConfigError(f"{place}: there is no observer like {name!r} here", hint=f"use one of: {', '.join(_KNOWN)}")
-    return _KNOWN[name or "minmax"]
+    return plain

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from qcompiler.emit.groups import TargetText
 from qcompiler.errors import ConfigError, did_you_mean
@@ -59,6 +59,14 @@ def _ordering(value: Any) -> Any:
     return known.get(value, value) if isinstance(value, (str, bool)) else value
 
 
+def _scheme(value: Any) -> Any:
+    """Of the two forms, a mistake in one says nothing of the other."""
+    targets = value.values() if isinstance(value, dict) else ()
+    if isinstance(value, str | None) or (targets and all(isinstance(said, str | list | tuple) for said in targets)):
+        return value
+    raise ValueError("expected the name of a preset, or {preset: targets}; bits and groups belong in `config_groups`")
+
+
 class _Words(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,6 +90,15 @@ class QuantArgs(_Words):
     zp_dtype: str | None = None  # codes of zero points have the type of the weight's
     observer: str | None = None
     observer_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _groups(self) -> Self:
+        size, grouped = self.group_size, self.strategy in (Strategy.GROUP, Strategy.TENSOR_GROUP)
+        if size is not None and (size < -1 or (size < 1 and grouped) or (size == 0 and self.strategy is None)):
+            raise ValueError(
+                f"group_size {size}: a group has one input or more; `group_size: -1` alone is a scale per channel"
+            )
+        return self
 
 
 class ConfigGroup(_Words):
@@ -118,7 +135,7 @@ class Quantization(Modifier):
     config_groups: dict[str, ConfigGroup] | None = None
     targets: Targets = ("Linear",)
     ignore: Annotated[tuple[TargetText, ...] | None, BeforeValidator(_listed)] = None
-    scheme: str | dict[str, Targets] | None = None
+    scheme: Annotated[str | dict[str, Targets] | None, BeforeValidator(_scheme)] = None
     kv_cache_scheme: QuantArgs | None = None
     weight_observer: str | None = None
     input_observer: str | None = None
@@ -137,7 +154,7 @@ class Gptq(Quantization):
     """`GPTQModifier`."""
 
     block_size: Annotated[int, Field(ge=1)] = 128
-    dampening_frac: Annotated[float, Field(gt=0, le=MAX_DAMPING)] = 0.01
+    dampening_frac: Annotated[float, Field(ge=0, le=MAX_DAMPING)] = 0.01
     actorder: Ordering = "static"
 
 

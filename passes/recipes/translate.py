@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from passes.recipes.observers import Observers, overrides
 from passes.recipes.schema import (
-    HINT,
     MODIFIERS,
     UNSUPPORTED,
     Awq,
     Gptq,
+    Modifier,
     Quantization,
     SmoothQuant,
     Written,
@@ -30,6 +30,9 @@ from qcompiler.pipeline.pipeline import wrong_options
 from qcompiler.pipeline.safe_yaml import Place
 from qcompiler.scheme import KVCacheSpec, Scheme, plain_scheme
 from qcompiler.solvers.options import GptqOptions
+
+_LEAST_DAMPING = 1e-6
+"""A share of the mean that float32 still tells from none."""
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -114,7 +117,11 @@ class _Translation:
         try:
             modifier = MODIFIERS[name].model_validate(args)
         except ValidationError as error:
-            raise ConfigError(wrong_options(error, MODIFIERS[name], written.place), hint=HINT) from None
+            takes = MODIFIERS[name].model_fields.keys() - Modifier.model_fields.keys()
+            known = ", ".join(word for word in MODIFIERS[name].model_fields if word in takes)
+            raise ConfigError(
+                wrong_options(error, MODIFIERS[name], written.place), hint=f"{name} takes {known}"
+            ) from None
         if isinstance(modifier, SmoothQuant):
             self._smooth(modifier, written)
         elif isinstance(modifier, Awq):
@@ -257,8 +264,13 @@ class _Translation:
                 "here has, and which compressed-tensors has given up: columns are solved in that order, and groups "
                 "stay where they are (static)"
             )
+        if modifier.dampening_frac == 0:
+            self._differs(
+                f"{written.name}: dampening_frac 0 becomes {_LEAST_DAMPING:g}, and more where a Hessian needs it; "
+                "llm-compressor adds nothing, and rounds to nearest where the Hessian is not positive definite"
+            )
         options = GptqOptions(
-            damping=modifier.dampening_frac,
+            damping=modifier.dampening_frac or _LEAST_DAMPING,
             order="natural" if order is None else "activation",
             block_size=modifier.block_size,
         )

@@ -8,8 +8,11 @@ from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 
 
-def check_fusion(graph: Graph) -> None:
-    """Raise `RuleError` where linears that runtimes fuse do not agree on one scheme; it says who decided on each."""
+def check_fusion(graph: Graph, *, mend: str) -> None:
+    """Raise `RuleError` where linears that runtimes fuse do not agree on one scheme; it says who decided on each.
+
+    mend: how the caller's own words give them one.
+    """
     members: dict[str, list[Node]] = {}
     for node, _ in graph.linears():
         group = need(node, Role).fusion_group
@@ -21,7 +24,7 @@ def check_fusion(graph: Graph) -> None:
             raise RuleError(
                 f"fusion group {group}: its linears are fused by runtimes and must share one scheme, but\n"
                 + "\n".join(f"  {need(node, Leaf).path}: {_decision(node)}" for node in nodes),
-                hint="give them one scheme: select by structure (attention-input, mlp-input) instead of by name",
+                hint=f"give them one scheme: {mend}",
             )
 
 

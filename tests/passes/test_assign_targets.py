@@ -204,6 +204,15 @@ def test_fused_linears_must_agree_once_every_assignment_has_spoken() -> None:
         run(block(), then(assignment(("re:.*gate_proj", "W4A16")), assignment(("re:.*up_proj", "W8A16"))))
 
 
+def test_fused_linears_that_an_expression_splits_are_told_how_it_matches() -> None:
+    done = run(block(), assign(("Linear", "W4A16"), ignore=["re:.*gate$"]))
+    assert chosen(done.graph)["gate_proj"] == INT4
+    with pytest.raises(RuleError, match=r"gate_proj: dense, by assign-targets: ignore re:\.\*gate\n") as raised:
+        run(block(), assign(("Linear", "W4A16"), ignore=["re:.*gate"]))
+    assert raised.value.hint is not None
+    assert "re:.*gate means gate_proj too, and re:.*gate$ does not" in raised.value.hint
+
+
 def test_the_cache_is_quantized_as_asked_and_only_one_way() -> None:
     done = run(block(), assign(kv_cache={"strategy": "attn_head"}))
     assert done.graph.kv_cache is not None

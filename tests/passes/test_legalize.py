@@ -114,7 +114,15 @@ def test_activations_that_the_target_does_not_round_are_told() -> None:
 def test_a_graph_without_a_quantized_linear_is_refused() -> None:
     error = refusal("llama", assign(rule(None, name="*")), "legalize")
     assert error.message == "no linear is quantized: every one is dense"
-    assert error.hint == "add a rule to assign"
+    assert error.hint == "let a rule of assign, or a target, mean linears"
+
+
+def test_a_refusal_of_a_graph_that_stays_dense_tells_what_the_targets_met() -> None:
+    embedding = {"targets": ["Embedding"], "scheme": "W8A16"}
+    error = refusal("llama", {"assign-targets": {"assignments": [{"groups": [embedding]}]}}, "legalize")
+    dense, *met = error.message.split("\n  ")
+    assert dense == "no linear is quantized: every one is dense"
+    assert met[0].startswith("assign-targets: target Embedding matches no linear (only embedding: model.embed_tokens)")
 
 
 def test_legalizing_changes_no_legal_graph() -> None:

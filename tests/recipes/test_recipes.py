@@ -132,6 +132,13 @@ def test_gptq_has_the_tool_s_defaults_which_are_ours() -> None:
     assert other["solver"] == {"gptq": {"damping": 0.1, "block_size": 32}}
 
 
+def test_no_dampening_is_the_least_that_numbers_tell_apart_and_is_said() -> None:
+    text = recipe(scheme="W4A16", dampening_frac=0)
+    assert [group["solver"] for group in groups(text)] == [{"gptq": {"damping": 1e-6}}]
+    (said,) = options(text, "assign-targets")["differences"]
+    assert said.startswith("GPTQModifier: dampening_frac 0 becomes 1e-06, and more where a Hessian needs it; ")
+
+
 @pytest.mark.parametrize(
     ("of_modifier", "of_weights", "order"),
     [
@@ -210,6 +217,13 @@ STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor"}
         ({"scheme": "W4A16"}, {}, {}, []),
         ({"scheme": "W4A16", "weight_observer": "mse"}, {"scales": "mse"}, {}, ["weights, observer mse"]),
         ({"scheme": "W4A16", "observer": {"weights": "memoryless_mse"}}, {"scales": "mse"}, {}, ["memoryless_mse"]),
+        (
+            {"scheme": "W4A16", "observer": {"weights": "Memoryless-MSE"}},
+            {"scales": "mse"},
+            {},
+            ["observer Memoryless-"],
+        ),
+        ({"scheme": "FP8", "input_observer": "STATIC MinMax"}, {}, {}, []),
         ({"scheme": "W4A16", "weight_observer": "static_minmax", "input_observer": "mse"}, {}, {}, []),
         ({"scheme": "FP8"}, {}, {}, []),
         ({"scheme": "FP8", "input_observer": "minmax"}, {}, {}, ["inputs, observer minmax: the range of all data"]),

@@ -74,6 +74,30 @@ def test_a_modifier_without_a_counterpart_is_refused_with_the_reason(name: str, 
         ),
         ("GPTQModifier", {"scheme": "W4A16", "start": 1.0}, "start: there are no steps of training here: leave it out"),
         ("GPTQModifier", group(weights={"num_bit": 4}), "weights.num_bit: unknown option; did you mean 'num_bits'"),
+        *(
+            (
+                "GPTQModifier",
+                group(weights={"num_bits": 8, **said}),
+                f"weights: group_size {said['group_size']}: a group",
+            )
+            for said in (
+                {"group_size": 0},
+                {"group_size": -2},
+                {"group_size": 0, "strategy": "group"},
+                {"group_size": -1, "strategy": "group"},
+            )
+        ),
+        (
+            "GPTQModifier",
+            {"scheme": {"weights": {"num_bits": 8}}},
+            "scheme: expected the name of a preset, or {preset: ",
+        ),
+        (
+            "GPTQModifier",
+            {"scheme": {}},
+            "scheme: expected the name of a preset, or {preset: targets}; bits and groups",
+        ),
+        ("GPTQModifier", {"scheme": "W4A16", "dampening_frac": -1}, "dampening_frac: Input should be greater than or"),
         ("GPTQModifier", group(weights={"num_bits": 16}), "weights: integers have 2 to 8 bits, not 16"),
         (
             "GPTQModifier",
@@ -132,6 +156,16 @@ def test_an_argument_that_cannot_be_honoured_is_refused_where_it_stands(name: st
     message = refusal(recipe(name, **args)).message
     assert message.startswith("recipe.yaml:")
     assert says in message
+
+
+def test_a_scheme_that_is_none_of_two_forms_is_one_line() -> None:
+    assert "\n" not in refusal(recipe("GPTQModifier", scheme={"weights": {"num_bits": 8}})).message
+
+
+def test_words_that_a_modifier_does_not_take_are_answered_with_those_that_it_takes() -> None:
+    assert (refusal(recipe("SmoothQuantModifier", strength=0.5)).hint or "").startswith(
+        "SmoothQuantModifier takes smoothing_strength, mappings, ignore, "
+    )
 
 
 @pytest.mark.parametrize(
