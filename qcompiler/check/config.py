@@ -12,12 +12,14 @@ from pydantic import ValidationError
 from qcompiler.check.findings import ALL, MODEL, Finding
 from qcompiler.emit.schema import TOP_KEYS, parse_quantization_config, read_kv_cache
 from qcompiler.errors import ConfigError
-from qcompiler.expressions import REGEX_PREFIX, Pattern, PatternError
+from qcompiler.expressions import REGEX_PREFIX, Engine, refusals
 from qcompiler.scheme import Format, KVCacheSpec, Scheme, Strategy
 
 _MAX_BITS = 16  # of a code that any loader unpacks
 _STORED = frozenset(str(format) for format in Format if format not in (Format.MIXED_PRECISION, "dense"))
 """Formats that say how the tensors of a group are stored."""
+_WITH: Mapping[Engine, tuple[str, ...]] = {"re": ("transformers", "sglang"), "regex": ("vllm",)}
+"""Who matches expressions with which engine."""
 _ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED, Format.NVFP4)
 
 
@@ -251,14 +253,16 @@ def _readable(entries: list[str], where: str) -> tuple[list[str], list[Finding]]
     """The entries that are names or valid expressions, and findings about the others."""
     kept, bad = [], []
     for entry in entries:
-        try:
-            if entry.startswith(REGEX_PREFIX):
-                Pattern(entry)
-            kept.append(entry)
-        except PatternError as error:
-            message = f"{where}: {error.message}: every loader raises re.error"
-            mend = "escape what is meant literally: dots, brackets"
-            bad.append(Finding.of("target-invalid", MODEL, ALL, message, mend))
+        refused = refusals(entry) if entry.startswith(REGEX_PREFIX) else {}
+        if len(refused) < len(_WITH):
+            kept.append(entry)  # what some loaders take counts for them
+        if refused:
+            loaders = [loader for engine, who in _WITH.items() if engine in refused for loader in who]
+            whose = "every loader raises" if len(refused) == len(_WITH) else f"{', '.join(loaders)} raise"
+            (why, *_) = refused.values()
+            message = f"{where}: target {entry[:200]!r} is not a regular expression: {why}: {whose} re.error"
+            mend = "escape what is meant literally: dots, brackets; write flags first, `re:(?i)`"
+            bad.append(Finding.of("target-invalid", MODEL, [each for each in ALL if each in loaders], message, mend))
     return kept, bad
 
 

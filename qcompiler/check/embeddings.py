@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
 from qcompiler.check.config import Config
 from qcompiler.check.findings import ALL, Finding
@@ -19,6 +20,7 @@ from qcompiler.emit.matchers import (
     without_attention,
 )
 from qcompiler.emit.patterns import TargetList
+from qcompiler.expressions import Engine
 
 _VLLM_CLASS = "VocabParallelEmbedding"
 _NO_NAME = ""
@@ -31,9 +33,9 @@ class Embeddings:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._ignore = TargetList(config.raw["ignore"])
+        self._ignore = {engine: TargetList(config.raw["ignore"], engine) for engine in get_args(Engine)}
         linear_groups = group_of_target(without_attention(config.raw))
-        self._vllm = TargetList(linear_groups), linear_groups
+        self._vllm = TargetList(linear_groups, "regex"), linear_groups
         every = group_of_target(config.raw)
         self._transformers = transformers_order(every), every
 
@@ -41,7 +43,7 @@ class Embeddings:
         """What each loader takes an embedding for."""
         path = embedding.path.name
         targets, group_of = self._transformers
-        ignored = transformers_ignores(path, _CLASSES, self._ignore)
+        ignored = transformers_ignores(path, _CLASSES, self._ignore["re"])
         matched = None if ignored else transformers_matched_target(path, _CLASSES, targets)
         return {
             "vllm": self._in_vllm(embedding.name),
@@ -51,7 +53,7 @@ class Embeddings:
 
     def _in_vllm(self, name: str) -> Meaning:
         targets, group_of = self._vllm
-        ignored = vllm_ignores(name, self._ignore, {})
+        ignored = vllm_ignores(name, self._ignore["regex"], {})
         return self._meaning(group_of, None if ignored else vllm_matched_target(name, _VLLM_CLASS, targets, {}))
 
     def _meaning(self, group_of: Mapping[str, str], target: str | None) -> Meaning:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import thread_time
+from typing import get_args
 
 from qcompiler.check.config import Config
 from qcompiler.check.findings import MODEL, Finding
@@ -11,7 +12,7 @@ from qcompiler.check.linears import Linear, Linears
 from qcompiler.emit.matchers import transformers_ignores
 from qcompiler.emit.patterns import TargetList
 from qcompiler.errors import ConfigError
-from qcompiler.expressions import REGEX_PREFIX, Pattern
+from qcompiler.expressions import REGEX_PREFIX, Engine, Pattern, read_alike
 
 _BUDGET = 20.0  # seconds for all expressions on all names, at most: a thousand times what a large model takes
 _LEAST, _EACH = 2.0, 5e-6  # seconds of it for a small model, and for each name and expression: ten times what one takes
@@ -23,12 +24,13 @@ class Entries:
     def __init__(self, entries: Iterable[str]) -> None:
         self.entries = tuple(dict.fromkeys(entries))
         self._exact = frozenset(entry for entry in self.entries if not entry.startswith(REGEX_PREFIX))
-        self.patterns = [Pattern(entry) for entry in self.entries if entry.startswith(REGEX_PREFIX)]
+        self.patterns = [pattern for entry in self.entries if _is_regex(entry) for pattern in _patterns(entry)]
 
     def taking(self, *names: str) -> list[str]:
-        """The entries that take one of these names of a linear: equal ones, then expressions."""
+        """The entries that take one of these names of a linear, in some loader: equal ones, then expressions."""
         exact = [name for name in dict.fromkeys(names) if name in self._exact]
-        return exact + [p.target for p in self.patterns if any(map(p.matches, dict.fromkeys(names)))]
+        found = (p.target for p in self.patterns if any(map(p.matches, dict.fromkeys(names))))
+        return [*exact, *dict.fromkeys(found)]
 
 
 def targets_of(config: Config) -> Entries:
@@ -118,8 +120,8 @@ def _may_cover(entry: str, linear: Linear) -> bool:
 
 def _covers(entry: str, linear: Linear) -> Iterator[bool]:
     """Whether an entry covers a linear, in vLLM, Transformers, SGLang, SGLang 0.5.10."""
-    one, site = TargetList([entry]), linear.disk
-    yield one.first(site.name) is not None
+    one, site = TargetList([entry], "re"), linear.disk
+    yield TargetList([entry], "regex").first(site.name) is not None
     yield transformers_ignores(linear.path.name, (linear.path.class_name, "Linear", "Module"), one)
     yield one.first_suffix(site.name) is not None
     yield one.first_containing(site.name) is not None
@@ -127,10 +129,15 @@ def _covers(entry: str, linear: Linear) -> Iterator[bool]:
 
 def _takes(entry: str, names: set[str], linears: Linears) -> bool:
     if _is_regex(entry):
-        return any(map(Pattern(entry).matches, names))
+        return any(pattern.matches(name) for pattern in _patterns(entry) for name in names)
     if entry in names or any(entry.lower() in name.lower() for name in ("Linear", *linears.classes)):
         return True  # a part of a class name is enough for vLLM and SGLang
     return linears.guessed is not None and "." not in entry  # a class, for all that is known
+
+
+def _patterns(entry: str) -> list[Pattern]:
+    """An expression, as each engine reads it that reads it differently."""
+    return [Pattern(entry, engine) for engine in (get_args(Engine) if not read_alike(entry) else ("re",))]
 
 
 def _is_regex(entry: str) -> bool:

@@ -12,7 +12,7 @@ from qcompiler.check.linears import Linear, Linears
 from qcompiler.emit.matchers import Resolution, assignment, is_lm_head
 from qcompiler.emit.patterns import TargetList
 from qcompiler.emit.sites import RuntimeModule, Site
-from qcompiler.expressions import REGEX_PREFIX
+from qcompiler.expressions import REGEX_PREFIX, read_alike, refusals
 from qcompiler.ir.annotations import Structure
 from qcompiler.targets import fused_tables
 
@@ -86,7 +86,7 @@ class Comparison:
         self, config: Config, linears: Sequence[Linear], verdicts: Verdicts, fits: Callable[[Linear, Meaning], bool]
     ) -> None:
         self._targets, self._owners = targets_of(config), groups_of(config)
-        self._ordered = TargetList(self._targets.entries)
+        self._ordered = TargetList(self._targets.entries, "regex")
         self._ignore = Entries(config.raw["ignore"])
         self._linears, self._verdicts, self._fits, self._groups = linears, verdicts, fits, config.groups
         self._of = {linear.name: linear for linear in linears}
@@ -115,7 +115,8 @@ class Comparison:
                 if module not in told and not raised:
                     self.agreed.append(linear)
                 continue
-            together = self._fused(fused) if fused is not None and fused.error is None else None
+            odd = self._read_oddly(linear)
+            together = None if fused is None or fused.error is not None or odd else self._fused(fused)
             if together is not None or linear.path.expert_block:
                 told.add(module)
             yield together or self._disagreement(linear, agreed)
@@ -185,6 +186,12 @@ class Comparison:
                 "give all experts one scheme and name them in a target with `experts`, or serve it with vLLM alone",
             )
         taking = self._targets.taking(name, path)
+        if odd := self._read_oddly(linear):
+            return (
+                "loaders-disagree",
+                f"{odd[0]!r} means one thing to vLLM (the package regex), another to the rest (Python's re)",
+                "write no [[:class:]] and no braces but for counts: escape them where they are meant literally",
+            )
         covering = read_differently(self._ignore, linear)
         if covering:
             return (
@@ -228,6 +235,12 @@ class Comparison:
                 "write targets that do not overlap",
             )
         return "loaders-disagree", "the loaders' rules differ here", "name the linear exactly in one group or in ignore"
+
+    def _read_oddly(self, linear: Linear) -> list[str]:
+        """The targets and ignores that take a linear by an expression which two engines compile to two things."""
+        taking = [entry for e in (self._targets, self._ignore) for entry in e.taking(linear.name, linear.path.name)]
+        regexes = [entry for entry in taking if entry.startswith(REGEX_PREFIX)]
+        return [entry for entry in regexes if not read_alike(entry) and not refusals(entry)]
 
     def _own(self, site: Site) -> Meaning:
         """What Transformers, which fuses nothing, takes a shard for."""

@@ -1,7 +1,7 @@
 """Which config group each loader gives to each module: their matching rules, written out, with no import of theirs.
 
-Loaders disagree about overlapping targets, class names, fused modules and `ignore`. The emitter runs every matcher
-here on the config it is about to write; `tools/serve/fuzz_matchers.py` holds them to the loaders' own functions.
+Loaders disagree about overlapping targets, class names, fused modules, expressions and `ignore`. The emitter runs every
+matcher here on the config that it is to write; `tools/serve/fuzz_matchers.py` holds them to the loaders' own functions.
 
 Sources:
 - vLLM 0.32.0, `layers/quantization/compressed_tensors/{compressed_tensors,utils}.py`, `utils/config_utils.py`;
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from qcompiler.emit.patterns import TargetList
 from qcompiler.emit.sites import EXPERT_PROJECTIONS, FusedNames, RuntimeModule, Site, runtime_modules
 from qcompiler.errors import ConfigError, did_you_mean
+from qcompiler.expressions import Engine
 
 Shards = Mapping[str, Sequence[str]]
 IgnoreRule = Literal["suffix", "substring"]
@@ -114,8 +115,8 @@ def vllm_ignores(name: str, ignore: TargetList, shards: Shards) -> bool:
 def _vllm(config: Mapping[str, Any], modules: Sequence[RuntimeModule]) -> list[Resolution]:
     groups = config["config_groups"]
     group_of = group_of_target(without_attention(config))
-    targets, moe_targets = _target_lists(group_of, "RoutedExperts")
-    ignore = TargetList(config.get("ignore") or ())
+    targets, moe_targets = _target_lists(group_of, "regex", "RoutedExperts")
+    ignore = TargetList(config.get("ignore") or (), "regex")
     mapping = _shard_mapping(modules)
 
     def matched(name: str, class_name: str, targets: TargetList, shards: Shards) -> str | None:
@@ -151,7 +152,7 @@ def vllm_class(module: RuntimeModule) -> str:
 
 def transformers_order(targets: Iterable[str]) -> TargetList:
     """The order in which `match_targets` tries targets: plain ones, then expressions, each alphabetically."""
-    return TargetList(sorted(targets, key=lambda target: ("re:" in target, target)))
+    return TargetList(sorted(targets, key=lambda target: ("re:" in target, target)), "re")
 
 
 def transformers_matched_target(name: str, classes: Sequence[str], ordered: TargetList) -> str | None:
@@ -179,7 +180,7 @@ def transformers_experts_group(config: Mapping[str, Any]) -> str | None:
 
 def _transformers(config: Mapping[str, Any], modules: Sequence[RuntimeModule]) -> list[Resolution]:
     group_of = group_of_target(config)
-    targets, ignore = transformers_order(group_of), TargetList(config.get("ignore") or ())
+    targets, ignore = transformers_order(group_of), TargetList(config.get("ignore") or (), "re")
     experts_group = transformers_experts_group(config)
     weights = {name: group.get("weights") or {} for name, group in config["config_groups"].items()}
     fp8_groups = {name for name, w in weights.items() if (w.get("type"), w.get("num_bits")) == ("float", 8)}
@@ -230,8 +231,8 @@ def sglang_ignores(name: str, ignore: TargetList, shards: Shards, rule: IgnoreRu
 def _sglang(config: Mapping[str, Any], modules: Sequence[RuntimeModule], *, rule: IgnoreRule) -> list[Resolution]:
     groups = config["config_groups"]
     group_of = group_of_target(config)
-    targets, moe_targets = _target_lists(group_of, "FusedMoE", "DeepEPMoE")
-    ignore = TargetList(config.get("ignore") or ())
+    targets, moe_targets = _target_lists(group_of, "re", "FusedMoE", "DeepEPMoE")
+    ignore = TargetList(config.get("ignore") or (), "re")
     mapping = _shard_mapping(modules)
 
     def matched(name: str, class_name: str, targets: TargetList, shards: Shards) -> str | None:
@@ -267,13 +268,13 @@ def _resolve_all(modules: Sequence[RuntimeModule], resolve: Callable[[RuntimeMod
     return resolutions
 
 
-def _target_lists(group_of: dict[str, str], *moe_classes: str) -> tuple[TargetList, TargetList]:
+def _target_lists(group_of: dict[str, str], engine: Engine, *moe_classes: str) -> tuple[TargetList, TargetList]:
     """The targets for linears, and for experts: there `Linear` also stands for the runtime's experts class."""
-    targets = TargetList(group_of)
+    targets = TargetList(group_of, engine)
     if "Linear" not in group_of or moe_classes[0] in group_of:
         return targets, targets
     group_of.update(dict.fromkeys(moe_classes, group_of["Linear"]))
-    return targets, TargetList(group_of)
+    return targets, TargetList(group_of, engine)
 
 
 def _shard_mapping(modules: Sequence[RuntimeModule]) -> dict[str, Sequence[str]]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qcompiler.expressions import REGEX_PREFIX, Pattern
+from qcompiler.expressions import REGEX_PREFIX, Engine, Pattern
 
 
 class TargetList:
-    """Targets in order, answering "which is the first that matches?" without a scan over exact names."""
+    """Targets in order, answering "which is the first that matches?" without a scan over exact names.
+
+    engine: as whose the expressions are read; None: all loaders' alike, else `PatternError` is raised.
+    """
 
     __slots__ = ("_exact", "_patterns", "_regexes", "targets")
 
-    def __init__(self, targets: Iterable[str]) -> None:
+    def __init__(self, targets: Iterable[str], engine: Engine | None = None) -> None:
         self.targets = tuple(targets)
         self._exact: dict[str, int] = {}
         self._regexes: list[tuple[int, Pattern]] = []
         for position, target in enumerate(self.targets):
             if target.startswith(REGEX_PREFIX):
-                self._regexes.append((position, Pattern(target)))
+                self._regexes.append((position, Pattern(target, engine)))
             else:
                 self._exact.setdefault(target, position)
         self._patterns = dict(self._regexes)

@@ -26,5 +26,5 @@ def test_a_trap_is_named_with_its_layer_and_loaders(trap: Trap, base: Base, chec
 
 def test_every_error_has_a_trap() -> None:
     errors = {code for code, kind in KINDS.items() if kind.severity is Severity.ERROR}
-    elsewhere = {"illegal", "loaders-disagree"}
+    elsewhere = {"illegal"}
     assert errors - {trap.code for trap in TRAPS} == elsewhere

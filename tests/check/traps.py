@@ -275,6 +275,26 @@ def a_target_that_is_no_expression(edited: Edited) -> None:
     edited.group()["targets"] = [*named("q", "k", "v", "o", "gate", "up"), "re:*.down_proj"]
 
 
+@trap("packed", "target-invalid", loaders=("transformers", "sglang"))
+def a_flag_where_only_vllm_takes_one(edited: Edited) -> None:
+    edited.group()["targets"] = ["re:.*(?i)PROJ$"]
+
+
+@trap("packed", "target-invalid", loaders=("vllm",))
+def braces_that_only_vllm_takes_for_errors(edited: Edited) -> None:
+    edited.group()["targets"].append("re:{e}")
+
+
+@trap("packed", "loaders-disagree", DOWN, ("transformers",), also=("target-missing",))
+def a_class_that_only_vllm_knows(edited: Edited) -> None:
+    edited.group()["targets"] = ["re:.*[[:lower:]]_proj$"]
+
+
+@trap("packed", "loaders-disagree", DOWN, ("vllm",))
+def braces_that_vllm_takes_for_errors(edited: Edited) -> None:
+    edited.quantization["ignore"].append("re:.*(?:dowm){e<=1}")
+
+
 @trap("packed", "cache-invalid")
 def an_integer_cache(edited: Edited) -> None:
     edited.quantization["kv_cache_scheme"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}

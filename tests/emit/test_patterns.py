@@ -13,7 +13,7 @@ from qcompiler.emit.matchers import assignment
 from qcompiler.emit.patterns import TargetList
 from qcompiler.emit.sites import Site
 from qcompiler.errors import ConfigError
-from qcompiler.expressions import Pattern
+from qcompiler.expressions import Pattern, PatternError, read_alike, refusals
 
 
 def test_the_first_target_wins_whatever_its_kind() -> None:
@@ -55,3 +55,46 @@ def test_an_exact_expression_matches_its_name_alone(name: str, other: str) -> No
     expression = exact_expression(name)
     assert Pattern(expression).matches(name)
     assert (re.match(expression[3:], other) is not None) == (other == name)
+
+
+@pytest.mark.parametrize(
+    ("target", "whose"),
+    [
+        ("re:.*(?i)PROJ$", "Python's re"),
+        (r"re:\p{L}", "Python's re"),
+        ("re:{e}", "vLLM"),
+        ("re:.*[[:alpha:]]_proj", "vLLM"),
+    ],
+)
+def test_an_expression_that_loaders_do_not_read_alike_is_refused(target: str, whose: str) -> None:
+    assert not read_alike(target)
+    with pytest.raises(PatternError, match=re.escape(whose)):
+        Pattern(target)
+
+
+def test_each_engine_reads_its_own_classes_and_braces() -> None:
+    for target, name in (("re:[[:digit:]]$", "7"), ("re:(?:gatt){e<=1}$", "gate")):
+        assert not refusals(target)
+        assert Pattern(target, "regex").matches(name)
+        assert not Pattern(target, "re").matches(name)
+    assert Pattern("re:(?:gatt){e<=1}$", "re").matches("gatt{e<=1}")
+    assert Pattern("re:[[:digit:]]$", "re").matches("g]")
+
+
+@pytest.mark.filterwarnings("ignore:Possible")  # sets may be nested one day
+@given(
+    st.lists(
+        st.sampled_from([*"a.-:[]{},()|^*e", "[:", ":]", "[[:", "alpha", "{e}", "{e<=1}", r"\N{DIGIT ONE}"]), max_size=7
+    )
+)
+def test_re_is_read_as_python_reads_it(parts: list[str]) -> None:
+    """Python's own `re`, which has no timeout, is the oracle."""
+    text = "".join(parts)
+    try:
+        oracle = re.compile(text)
+    except re.error:
+        assert "re" in refusals(f"re:{text}")
+        return
+    pattern = Pattern(f"re:{text}", "re")
+    for name in ("a", "e", "[:a", "a:]", "aa{e}", "a{e<=1}", "alpha", ":]", "ab.-"):
+        assert pattern.matches(name) == (oracle.match(name) is not None)

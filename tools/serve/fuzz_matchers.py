@@ -108,12 +108,12 @@ def function_cases(rng: random.Random, sglang: dict[matchers.IgnoreRule, ModuleT
     yield (
         f"vLLM target of {name} ({class_name}), targets {targets}, fused {shards}",
         lambda: vllm_utils.find_matched_target(name, module, targets, shards),
-        lambda: matchers.vllm_matched_target(name, class_name, TargetList(targets), shards),
+        lambda: matchers.vllm_matched_target(name, class_name, TargetList(targets, "regex"), shards),
     )
     yield (
         f"vLLM ignore of {name}, ignore {ignore}, fused {shards}",
         lambda: vllm_utils.should_ignore_layer(name, ignore, shards),
-        lambda: matchers.vllm_ignores(name, TargetList(ignore), shards),
+        lambda: matchers.vllm_ignores(name, TargetList(ignore, "regex"), shards),
     )
     yield (
         f"compressed-tensors target of {name} ({class_name}), targets {targets}",
@@ -123,18 +123,18 @@ def function_cases(rng: random.Random, sglang: dict[matchers.IgnoreRule, ModuleT
     yield (
         f"compressed-tensors ignore of {name} ({class_name}), ignore {ignore}",
         lambda: match.is_match(name, module, ignore),
-        lambda: matchers.transformers_ignores(name, classes, TargetList(ignore)),
+        lambda: matchers.transformers_ignores(name, classes, TargetList(ignore, "re")),
     )
     for rule, utils in sglang.items():
         yield (
             f"SGLang target of {name} ({class_name}), targets {targets}, fused {shards}",
             partial(utils.find_matched_target, name, module, targets, shards),
-            lambda: matchers.sglang_matched_target(name, class_name, TargetList(targets), shards),
+            lambda: matchers.sglang_matched_target(name, class_name, TargetList(targets, "re"), shards),
         )
         yield (
             f"SGLang ({rule}) ignore of {name}, ignore {ignore}, fused {shards}",
             partial(utils.should_ignore_layer, name, ignore, shards),
-            partial(matchers.sglang_ignores, name, TargetList(ignore), shards, rule),
+            partial(matchers.sglang_ignores, name, TargetList(ignore, "re"), shards, rule),
         )
 
 
