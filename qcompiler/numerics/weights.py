@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,8 @@ ScaleSearch = Literal["minmax", "mse"]
 # A float32 without its sign. Magnitudes order as the integers of their bits, NaN above infinity above all numbers, and
 # integers reduce several times faster.
 _MAGNITUDE = 0x7FFFFFFF
+_SQUARED_SAFELY = 32  # squares of 2**-32, and of errors of 2**-31 of that, are normal numbers
+_EXPONENTS = 126  # of normal powers of two, and of their reciprocals
 _INTEGER_RANGES = {
     2: (0.4, 1.0),
     3: (0.56, 1.0),
@@ -171,13 +174,24 @@ def weight_error(weight: Tensor, quantized: QuantizedTensor) -> WeightError:
     """The error of `quantized` (multiplied out in float32) against the weight [O, I] it came from."""
     spec = quantized.spec
     scale = scale_value(quantized.scale, spec, quantized.global_scale)
+    factor = _into_reach(weight_amax(weight).item())
     totals = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for piece in pieces(spec, quantized.shape, weight.device):
         original = piece.elements(weight).to(torch.float32)
         values = _values(piece, quantized, scale).sub_(original)
+        if factor != 1:
+            values, original = values * factor, original * factor
         totals += torch.stack([_sum_of_squares(values), _sum_of_squares(original)])
-    error, norm = totals.tolist()
+    error, norm = (total / factor**2 for total in totals.tolist())
     return WeightError(error, norm)
+
+
+def _into_reach(amax: float) -> float:
+    """A power of two that brings magnitudes to where float32 holds their squares, and those of small errors."""
+    if not 0 < amax < math.inf:
+        return 1.0
+    exponent = math.frexp(amax)[1]
+    return 1.0 if abs(exponent) <= _SQUARED_SAFELY else 2.0 ** -max(-_EXPONENTS, min(exponent, _EXPONENTS))
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:

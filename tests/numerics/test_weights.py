@@ -260,6 +260,36 @@ def test_error_is_the_squared_distance_over_the_squared_norm(spec: QuantSpec) ->
     assert weight_error(weight, q).relative == pytest.approx(distance.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("magnitude", [2.0**-100, 1e-21, 2.0**-33, 2.0**-31, 1e15, 2.0**100])
+def test_errors_of_weights_whose_squares_float32_does_not_hold_are_those_of_float64(magnitude: float) -> None:
+    weight = sample(dtype=torch.float32) * magnitude
+    q = quantize_weight(weight, preset("W8A8").weights, scale_dtype=torch.float32)
+    size = weight.double().square().sum()
+    distance = (dequantize_exactly(q) - weight.double()).square().sum()
+    found = weight_error(weight, q)
+    assert found.squared_norm == pytest.approx(size.item(), rel=1e-6)
+    assert found.relative == pytest.approx((distance / size).item(), rel=1e-4)
+
+
+def test_a_weight_that_no_scale_can_hold_is_lost_and_said_to_be() -> None:
+    weight = torch.full((8, 128), 1e-43)
+    q = quantize_weight(weight, preset("W8A8").weights, scale_dtype=torch.bfloat16)
+    assert dequantize_exactly(q).count_nonzero() == 0
+    assert weight_error(weight, q).relative == 1
+
+
+def test_a_factor_that_brings_weights_into_reach_changes_no_bit_of_their_error() -> None:
+    """Nor does it change the weight, which may be float32 and so not a copy."""
+    weight, factor = sample(dtype=torch.float32), 2.0**-50
+    tiny = weight * factor
+    before = tiny.clone()
+    one, other = (
+        weight_error(w, quantize_weight(w, preset("W8A8").weights, scale_dtype=torch.float32)) for w in (weight, tiny)
+    )
+    assert torch.equal(tiny, before)
+    assert (other.squared_error / factor**2, other.squared_norm / factor**2) == (one.squared_error, one.squared_norm)
+
+
 def test_sums_over_a_large_weight_do_not_drift() -> None:
     """Float32 alone is off by 2e-5 here; `verify` compares errors to 1e-6."""
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
