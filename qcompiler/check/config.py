@@ -20,7 +20,8 @@ _STORED = frozenset(str(format) for format in Format if format not in (Format.MI
 """Formats that say how the tensors of a group are stored."""
 _WITH: Mapping[Engine, tuple[str, ...]] = {"re": ("transformers", "sglang"), "regex": ("vllm",)}
 """Who matches expressions with which engine."""
-_ACTIVATION_FORMATS = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED, Format.NVFP4)
+_UNPACKED = (Format.NAIVE_QUANTIZED, Format.INT_QUANTIZED, Format.FLOAT_QUANTIZED)
+_ACTIVATION_FORMATS = (*_UNPACKED, Format.NVFP4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,11 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Config:
     """A `quantization_config` that was read. `raw` is in the form that matchers take, without targets that no loader
-    can read; `groups` lacks those whose scheme is not known here.
+    can read; `groups` lacks those whose scheme is not known here, and has None where weights stay dense.
     """
 
     raw: Mapping[str, Any]
-    groups: Mapping[str, Group]
+    groups: Mapping[str, Group | None]
     kv_cache: KVCacheSpec | None
 
 
@@ -53,7 +54,7 @@ def read_config_groups(quantization: Mapping[str, Any]) -> tuple[Config, list[Fi
     """
     findings = list(_top(quantization))
     raw_groups: dict[str, dict[str, Any]] = {}
-    groups: dict[str, Group] = {}
+    groups: dict[str, Group | None] = {}
     for name, group in quantization["config_groups"].items():
         written, refused = _validated(name, group)
         targets, bad = _readable(group if isinstance(group, list) else group["targets"], f"group {name}")
@@ -63,12 +64,16 @@ def read_config_groups(quantization: Mapping[str, Any]) -> tuple[Config, list[Fi
             if not 0 < (written.get("weights") or {}).get("num_bits", 8) <= _MAX_BITS:
                 findings.append(_refused(f"group {name} has num_bits for which there are no codes", *ALL))
                 continue
+            if not written.get("weights") and not _is_attention(written):
+                groups[name] = None
+                if not written.get("input_activations"):
+                    continue
             try:
-                groups[name] = _group(name, written, quantization)
+                groups[name] = read = _group(name, written, quantization)
             except ConfigError as error:
-                findings.append(_not_judged(f"group {name}", error.message))
+                findings.append(_unread(name, written, error.message))
             else:
-                findings += _formats(name, written, groups[name], quantization)
+                findings += _formats(name, written, read, quantization)
     kv_cache, wrong = _cache(quantization.get("kv_cache_scheme"))
     ignore, bad = _readable(quantization.get("ignore") or [], "ignore")
     raw = {"config_groups": raw_groups, "ignore": ignore}
@@ -109,7 +114,10 @@ def _validated(name: str, group: Any) -> tuple[dict[str, Any], list[Finding]]:
             _refused(f"group {name} is a preset's name and its targets: vLLM raises TypeError", "vllm", "sglang")
         )
     elif not group.get("weights") and not _is_attention(group):
-        found.append(_refused(f"group {name} has no weights: vLLM raises ValidationError", "vllm", "sglang"))
+        # Transformers leaves its weights dense; with a format, it compresses them first, where activations ask for it.
+        acts = isinstance(group, Mapping) and group.get("input_activations") and group.get("format")
+        fails = ALL if acts and group["format"] != Format.DENSE else ("vllm", "sglang")
+        found.append(_refused(f"group {name} has no weights: vLLM raises ValidationError", *fails))
     try:
         scheme = QuantizationConfig.model_validate({"config_groups": {name: group}}).config_groups[name]
     except ValidationError as error:
@@ -152,6 +160,31 @@ def _group(name: str, written: Mapping[str, Any], quantization: Mapping[str, Any
 def _known_by_numbers(scheme: Scheme) -> bool:
     """Whether vLLM and SGLang look at no format: for NVFP4 and MX, their tensors lie in one way only."""
     return scheme.weights.is_nvfp4 or scheme.weights.is_mx
+
+
+def _unread(name: str, written: Mapping[str, Any], why: str) -> Finding:
+    """A group that this package has no scheme for: does any loader have one?"""
+    weights = written.get("weights") or {}
+    type_, bits, size = weights.get("type"), weights.get("num_bits", 8), weights.get("group_size")
+    if type_ == "float":
+        grouped = (weights.get("strategy"), size)
+        four = bits == 4 and grouped in ((Strategy.TENSOR_GROUP, 16), (Strategy.GROUP, 32))
+        known = weights.get("symmetric") and (bits == 8 or four)
+    else:
+        known = bits in range(2, 9) and weights.get("strategy") != Strategy.TENSOR_GROUP
+    if not weights or known:
+        return _not_judged(f"group {name}", why)
+    format = written.get("format") or (Format.NAIVE_QUANTIZED if size not in (16, 32) else None)
+    eight = type_ == "float" and bits != 8 and format in (*_UNPACKED, Format.MXFP8)
+    packed = type_ == "int" and bits > 8 and format == Format.PACK_QUANTIZED
+    return Finding.of(
+        "format-unread",
+        MODEL,
+        ALL if eight or packed else ("vllm", "sglang"),
+        f"group {name}: {why.removeprefix(f'config_groups.{name}.')}: vLLM raises NotImplementedError"
+        + (", Transformers too" if eight else ""),
+        "correct what it says of its weights, or quantize again with numbers that loaders have",
+    )
 
 
 def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: Mapping[str, Any]) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ def resolve(config: Config, linears: Linears, stored: frozenset[str]) -> dict[st
 
     Raises `ConfigError` for an expression that does not finish.
     """
-    some = next((group.scheme for group in config.groups.values()), None)
+    some = next((group.scheme for group in config.groups.values() if group is not None), None)
     found: dict[str, list[Verdict]] = {linear.name: [] for linear in linears.linears}
     for loader, matcher, tables in _MATCHERS:
         sites, names = _sites(loader, linears.linears)

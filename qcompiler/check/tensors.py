@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from qcompiler.checkpoints.quantized import is_dense
 from qcompiler.emit.sites import EXPERT_NAME
 from qcompiler.errors import LegalityError
 from qcompiler.formats import layout
+from qcompiler.formats.bits import packed_words
 from qcompiler.scheme import Format, Strategy
 from qcompiler.tensors import Spec
 
@@ -65,8 +67,8 @@ class Stored:
             mend = 'write "tie_word_embeddings": false into config.json'
             yield Finding.of("tied-quantized", name, ("transformers",), message, mend)
         if isinstance(meaning, str):
-            return
-        if meaning is None:
+            yield from self._unjudged(linear, self._config.raw["config_groups"][meaning].get("weights") or {})
+        elif meaning is None:
             yield from self._dense(linear, parts)
         elif not self._checkpoint.is_quantized(name) and not self._has_codes(parts):
             merged = linear.path.kind == "experts" and linear.path.expert_block not in self._blocks
@@ -93,9 +95,9 @@ class Stored:
             if other is not None:
                 yield _of_format(name, meaning, other)
             elif differences and (owner := self._other_group(linear, meaning)) is not None:
-                stored = self._config.groups[owner].scheme.short
-                message = f"the config says {meaning.scheme.short}, its tensors are those of {owner} ({stored})"
-                yield Finding.of("group-disagrees", name, ALL, message, f"move it to the targets of {owner}")
+                group, stored = owner
+                message = f"the config says {meaning.scheme.short}, its tensors are those of {group} ({stored})"
+                yield Finding.of("group-disagrees", name, ALL, message, f"move it to the targets of {group}")
             else:
                 columns = self._sizes(linear)[1]
                 yield from (_told(name, meaning, difference, columns) for difference in differences)
@@ -209,9 +211,40 @@ class Stored:
         all_ = (_Difference(part, parts.get(part), wanted.get(part)) for part in names)
         return [d for d in all_ if d.found is None or d.wanted is None or not _alike(d.part, d.found, d.wanted)]
 
-    def _other_group(self, linear: Linear, group: Group) -> str | None:
-        others = ((name, other) for name, other in self._config.groups.items() if other != group)
-        return next((name for name, other in others if self.fits(linear, other)), None)
+    def _other_group(self, linear: Linear, group: Group) -> tuple[str, str] | None:
+        """The name of another group whose tensors a linear has, and its scheme in a word."""
+        others = ((name, other) for name, other in self._config.groups.items() if other not in (group, None))
+        return next(((name, other.scheme.short) for name, other in others if other and self.fits(linear, other)), None)
+
+    def _unjudged(self, linear: Linear, weights: Mapping[str, Any]) -> Iterator[Finding]:
+        """Where tensors deny what a group says for which there is no scheme: Transformers raises or reads wrong."""
+        parts, columns = self._checkpoint.parts.get(linear.name, {}), self._sizes(linear)[1]
+        scale, packed = parts.get("weight_scale"), parts.get("weight_packed")
+        size, strategy = weights.get("group_size") or 0, weights.get("strategy")
+        grouped = strategy in (Strategy.GROUP, Strategy.TENSOR_GROUP) and size > 0
+        groups = -(-columns // size) if grouped else 1
+        if scale and columns and (grouped or strategy == Strategy.CHANNEL) and scale.shape[1:] not in ((groups,), ()):
+            message = (
+                f"weight_scale is {_spec(scale.dtype, scale.shape)}, and the config says {groups} groups of inputs"
+            )
+            found = scale.shape[1]
+            mend = (
+                f'write "group_size": {columns // found} into its group' if found and columns % found == 0 else _AGAIN
+            )
+            yield Finding.of("tensor-shape", linear.name, ("transformers",), message, mend)
+        words = packed_words(columns, weights["num_bits"]) if packed and weights.get("type") == "int" else 0
+        if packed and words and packed.shape[1:] != (words,):
+            message = (
+                f"weight_packed is {_spec(packed.dtype, packed.shape)}, and the config says {words} words to a row"
+            )
+            yield Finding.of("tensor-shape", linear.name, ("transformers",), message, "correct num_bits in its group")
+        if scale and weights.get("symmetric") is False and "weight_zero_point" not in parts:
+            message = "weight_zero_point is missing: its group says symmetric: false"
+            yield Finding.of("tensor-missing", linear.name, ("transformers",), message, "write symmetric: true")
+        if weights and "weight_global_scale" in parts and strategy != Strategy.TENSOR_GROUP:
+            message = f"weight_global_scale, and strategy {strategy} has none: Transformers drops it"
+            mend = 'write "strategy": "tensor_group", "group_size": 16 into its group'
+            yield Finding.of("tensor-unexpected", linear.name, ("transformers",), message, mend)
 
     def _other_format(self, linear: Linear, group: Group) -> Format | None:
         formats = [group.scheme.format]

@@ -6,9 +6,10 @@ import torch
 
 from qcompiler.formats.bits import unpack_words
 from tests.check.checkpoints import DOWN, GATE, GATE_UP, LAYER, OUTPUT, QUERY, UP, Edited
-from tests.check.traps import EXPERTS, TRAPS, VLLM_LIKE, give_zero_points, make_dense, named, trap
+from tests.check.number_traps import TRAPS
+from tests.check.traps import EXPERTS, VLLM_LIKE, give_zero_points, make_dense, named, trap
 
-__all__ = ["TRAPS"]  # all: these, and those of `tests.check.traps`
+__all__ = ["TRAPS"]  # all: these, those of `tests.check.number_traps`, and of `tests.check.traps`
 
 # --- tensors --------------------------------------------------------------------------------------------------------
 
@@ -110,6 +111,11 @@ def codes_without_scales(edited: Edited) -> None:
     for part in ("packed", "scale", "shape"):
         del edited.tensors[f"{OUTPUT}.weight_{part}"]
     edited.tensors[f"{OUTPUT}.weight"] = torch.zeros(64, 64, dtype=torch.int8)
+
+
+@trap("nvfp4", "tensor-shape", DOWN, ("transformers",), also=("format-unread",))
+def nvfp4_of_wide_groups_to_transformers(edited: Edited) -> None:
+    edited.group()["weights"]["group_size"] = 32
 
 
 @trap("packed", "tensor-shape", DOWN)
