@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -124,11 +124,18 @@ class Legalize(GraphPass):
         if rehearsal.unknown is not None:
             context.report.fallback(f"whether Transformers loads this was not rehearsed: {rehearsal.unknown}")
         if rehearsal.refused is not None and own:
+            elsewhere = "compile for another --target or --dtype"
+            if graph.kv_cache is not None:  # whether it is to blame is seen without it
+                dense = {key: said for key, said in emitted.config.items() if key != "kv_cache_scheme"}
+                if rehearse(replace(graph, kv_cache=None), context.source, dense).refused is None:
+                    raise LegalityError(
+                        f"{target.name} cannot load this model with a quantized KV cache: {rehearsal.refused}",
+                        hint=f"take out kv_cache (kv_cache_scheme in a recipe), or {elsewhere}",
+                    )
             raise LegalityError(
                 f"{target.name} cannot load what was assigned, though every scheme is legal: {rehearsal.refused}",
                 hint="choose another format (FP8 and INT8 keep a tensor `weight`, packed weights do not), leave these "
-                "layers dense, or compile for another --target or --dtype"
-                + (", or remove kv_cache from assign" if graph.kv_cache else ""),
+                f"layers dense, or {elsewhere}",
             )
         if rehearsal.refused is not None:
             context.report.info(f"Transformers cannot verify this checkpoint: {rehearsal.refused}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -62,6 +63,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known words, or an empty string."""
     near = get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def in_brief(error: Exception) -> str:
+    """The kind of an error of somebody else's code and its first line: some go on for pages, with a whole config."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    first = re.sub(r" \w+ \{$", "", first)  # where an object begins
+    return f"{type(error).__name__}: {first[:200]}".removesuffix(": ")
 
 
 def printable(text: str) -> str:

@@ -28,7 +28,7 @@ from qcompiler.capture.calls import undecorated
 from qcompiler.capture.experts import experts_as_one_op
 from qcompiler.capture.functional import functionalize
 from qcompiler.capture.repeat import NotRepeatableError, Repeats, expand_repeats, layers_of, trace_once
-from qcompiler.errors import CaptureError, SizeError
+from qcompiler.errors import CaptureError, SizeError, in_brief
 from qcompiler.ir.annotations import Scope, annotate
 from qcompiler.ir.fx import Node, call_functions, erase_dead, is_op, tensor_arg, value
 from qcompiler.limits import MOST_TRACED, check_traced
@@ -78,7 +78,15 @@ def export(model: PreTrainedModel, *, repeat: bool = True) -> Exported:
             if len(layers_of(model)) > MOST_TRACED:
                 raise
     check_traced(len(layers_of(model)), type(model).__name__)
-    return _export(model, repeat=False)
+    try:
+        return _export(model, repeat=False)
+    except CaptureError as error:
+        if _reason(error.__cause__) is not None or (failure := _alone(model)) is None:
+            raise
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured, and fails on sequences of one length too: {failure}",
+            hint="run it in Transformers: where that fails too, mend its config",
+        ) from error
 
 
 def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
@@ -102,7 +110,7 @@ def _export(model: PreTrainedModel, *, repeat: bool) -> Exported:
             raise
         except Exception as error:  # anything at all can come out of tracing foreign code
             raise CaptureError(
-                f"{type(model).__name__} cannot be captured: {_reason(error)}",
+                f"{type(model).__name__} cannot be captured: {_reason(error) or in_brief(error)}",
                 hint="qcompiler needs a decoder whose forward pass has no data-dependent or length-dependent Python",
             ) from error
     graph, constants = _with_attributes(program)
@@ -125,14 +133,27 @@ _FIXED = re.compile(r"size\(\)\[([01])\] as dynamic but your code specialized it
 _DIMENSIONS = {"0": "the batch size", "1": "the sequence length"}
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException | None) -> str | None:
+    """Why a model does not trace, where tracing itself is the reason."""
     text = str(error)
     if "data-dependent" in text:
         return "its forward pass depends on the values of tensors (a loop over the experts that were chosen does)"
     if fixed := sorted({_DIMENSIONS[index] for index in _FIXED.findall(text)}):
         return f"its forward pass fixes {' and '.join(fixed)} (state-space and recurrent layers do)"
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first.strip()[:200]}"
+    return None
+
+
+def _alone(model: PreTrainedModel) -> str | None:
+    """How the forward pass of a model that does not trace fails on sequences of one length, run on shapes; None where
+    it does not fail, or only for want of values.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), _fake_weights(model, fake), _quiet(), fake:
+        try:
+            _Logits(model)(torch.zeros(2, 8, dtype=torch.long))
+        except Exception as error:  # as many ways as there are models
+            return None if type(error).__module__.startswith("torch.") else in_brief(error)
+    return None
 
 
 @contextmanager

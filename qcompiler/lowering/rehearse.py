@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
+from qcompiler.errors import in_brief
 from qcompiler.ir.annotations import scheme_of
 from qcompiler.ir.graph import Graph
 from qcompiler.lowering.predict import written_specs
@@ -85,7 +86,7 @@ def _obstacle(
         with _quiet():
             info = _load(type(source.model), config, tensors, source.dtype)
     except Exception as error:  # loading fails in as many ways as there are models
-        return f"{type(error).__name__}: {error}"
+        return in_brief(error)
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
     return "; ".join(f"{key}: {value[:3]}" for key, value in problems.items()) or None
 

@@ -156,6 +156,33 @@ def test_a_model_is_what_it_was_after_capture_succeeded_or_failed(model_type: st
     assert capfd.readouterr().err == ""  # torch prints what it traced of a model that it cannot trace
 
 
+def test_a_model_that_does_not_run_at_all_is_told_from_one_that_does_not_trace(capfd: Any) -> None:
+    """Its heads do not fit one another: no rewriting of Python mends that."""
+    model = on_meta("llama", num_key_value_heads=3)
+    with pytest.raises(CaptureError) as raised:
+        capture_graph(model)
+    assert raised.value.message.startswith(
+        "LlamaForCausalLM cannot be captured, and fails on sequences of one length too: RuntimeError: "
+    )
+    assert raised.value.hint == "run it in Transformers: where that fails too, mend its config"
+    assert capfd.readouterr().err == ""
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_model_that_runs_but_does_not_trace_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: LlamaMLP, x: Tensor) -> Tensor:
+        x = self.down_proj(self.gate_proj(x))
+        if isinstance(x.shape[1], torch.SymInt):
+            raise TypeError("length is symbolic")
+        return x
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(CaptureError) as raised:
+        capture_graph(on_meta("llama"))
+    assert raised.value.message == "LlamaForCausalLM cannot be captured: TypeError: length is symbolic"
+    assert "no data-dependent or length-dependent Python" in (raised.value.hint or "")
+
+
 # --- long contexts ----------------------------------------------------------------------------------------------------
 
 

@@ -255,3 +255,13 @@ def test_beside_fp8_dense_experts_load_everywhere() -> None:
     done = run("mixtral", assign(rule("FP8_DYNAMIC", structure=ATTENTION)), "legalize")
     assert done.graph.loaders == LOADERS
     assert not any("Transformers" in text for _, text in done.notes)
+
+
+def test_a_cache_that_transformers_does_not_take_is_to_blame_and_its_config_is_not_printed(saved: Saved) -> None:
+    """OPT says no number of key/value heads, which ends in an error that shows its whole config."""
+    opt = run("opt").graph
+    rules = assign(rule("FP8_DYNAMIC", structure="mlp-input"), kv_cache={"strategy": "tensor"})
+    error = refusal(opt, rules, {"legalize": {"target": "transformers"}}, folder=saved(opt))
+    assert error.message.startswith("transformers cannot load this model with a quantized KV cache: ValueError: ")
+    assert error.message.endswith("`num_key_value_heads`.")
+    assert error.hint == "take out kv_cache (kv_cache_scheme in a recipe), or compile for another --target or --dtype"
