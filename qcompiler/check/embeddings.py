@@ -76,6 +76,15 @@ class Embeddings:
                     "this embedding is stored quantized, and is built dense: it is left at random, or loading raises",
                     "store it dense, or serve it where it is read: SGLang has no quantized embeddings",
                 )
+            if meanings["transformers"] is not None and not stored.has_weight(embedding):
+                yield Finding.of(
+                    "unloadable",
+                    embedding.name,
+                    ("transformers",),
+                    "this embedding is packed: Transformers looks for its weight as it builds the model, and raises "
+                    "AttributeError",
+                    "store it dense, or as 8-bit codes that are not packed",
+                )
             meaning = next((meanings[loader] for loader in ALL if meanings[loader] is not None), None)
             if meaning is not None:
                 yield from stored.findings(embedding, meaning)

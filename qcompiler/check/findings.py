@@ -103,6 +103,7 @@ KINDS: dict[str, Kind] = {
         tensor_unknown="a tensor that the model has no place for",
         tied_differ="the config ties two tensors that the files hold with other values: not all loaders untie them",
         global_scale_small="NVFP4 weights whose global scale looks like the reciprocal of what loaders divide by",
+        global_scale_scalar="NVFP4 global scales of shape []: Transformers rounds what it divides by them to 16 bits",
         scale_dtype_absent="NVFP4 without `scale_dtype`: Transformers does not round the scales of activations",
     ),
     **_kinds(

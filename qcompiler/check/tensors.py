@@ -48,6 +48,10 @@ class Stored:
         """Whether a linear is stored with codes and scales."""
         return self._checkpoint.is_quantized(linear.name)
 
+    def has_weight(self, linear: Linear) -> bool:
+        """Whether codes are stored under the name of the weight: formats that do not pack keep it."""
+        return "weight" in self._checkpoint.parts.get(linear.name, {})
+
     def fits(self, linear: Linear, meaning: Meaning) -> bool:
         """Whether a linear's tensors are those of a meaning; true of one that is not known."""
         if isinstance(meaning, str):
@@ -101,6 +105,13 @@ class Stored:
             else:
                 columns = self._sizes(linear)[1]
                 yield from (_told(name, meaning, difference, columns) for difference in differences)
+            scalars = [part for part in ("weight_global_scale", "input_global_scale") if _is_scalar(parts.get(part))]
+            if scalars and self._linears.dtype is not torch.float32:
+                dtype = _name(self._linears.dtype)
+                message = (
+                    f"{' and '.join(scalars)} of shape []: Transformers computes with them in {dtype}, not in float32"
+                )
+                yield Finding.of("global-scale-scalar", name, ("transformers",), message, "reshape them to [1]")
 
     @staticmethod
     def _has_codes(parts: Mapping[str, TensorMeta]) -> bool:
@@ -262,6 +273,11 @@ class Stored:
 def _alike(part: str, found: TensorMeta, wanted: Spec) -> bool:
     dtype, shape = wanted
     return _same_dtype(part, found.dtype, dtype) and (found.shape == shape or (shape == (1,) and found.shape == ()))
+
+
+def _is_scalar(meta: TensorMeta | None) -> bool:
+    """PyTorch promotes no dtype for a tensor of no dimension."""
+    return meta is not None and meta.shape == ()
 
 
 def _same_dtype(part: str, found: torch.dtype, wanted: torch.dtype) -> bool:

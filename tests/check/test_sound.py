@@ -238,6 +238,16 @@ def test_a_global_scale_that_looks_like_a_reciprocal_is_a_warning(base: Base, ch
     assert "global-scale-small" in {f.code for f in report.of(Severity.WARNING)}
 
 
+def test_global_scales_of_no_dimension_are_a_warning(base: Base, checked: Check) -> None:
+    edited = base("nvfp4")
+    edited.change(f"{DOWN}.input_global_scale", lambda scale: scale.reshape(()))
+    report = checked(edited)
+    assert not errors(report)
+    (warning,) = (f for f in report.of(Severity.WARNING) if f.code == "global-scale-scalar")
+    assert (warning.layer, warning.loaders) == (DOWN, ("transformers",))
+    assert "input_global_scale of shape []" in warning.message
+
+
 @pytest.mark.parametrize(
     ("key", "written", "mend"), [("group_size", 32, 'write "group_size": 16'), ("num_bits", 8, 'write "num_bits": 4')]
 )

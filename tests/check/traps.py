@@ -176,6 +176,25 @@ def a_class_takes_the_embedding(edited: Edited) -> None:
 
 @trap("packed", "stored-quantized", "model.embed_tokens")
 def a_quantized_embedding_that_no_target_takes(edited: Edited) -> None:
+    quantize_the_embedding(edited)
+
+
+@trap("packed", "unloadable", "model.embed_tokens", ("transformers",), also=("stored-quantized",))
+def a_packed_embedding(edited: Edited) -> None:
+    quantize_the_embedding(edited)
+    edited.group()["targets"].append("Embedding")
+
+
+@trap("channel", "stored-quantized", "model.embed_tokens", ("sglang",))
+def an_embedding_that_is_not_packed(edited: Edited) -> None:
+    edited.split("Embedding")["input_activations"] = None
+    edited.groups["group_1"]["format"] = "float-quantized"
+    edited.change("model.embed_tokens.weight", lambda weight: weight.to(torch.float8_e4m3fn))
+    rows = edited.config["vocab_size"]
+    edited.tensors["model.embed_tokens.weight_scale"] = torch.ones(rows, 1, dtype=torch.bfloat16)
+
+
+def quantize_the_embedding(edited: Edited) -> None:
     rows, columns = edited.tensors.pop("model.embed_tokens.weight").shape
     edited.tensors |= {
         "model.embed_tokens.weight_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
