@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from qcompiler.capture.cache import prove_cached
 from qcompiler.errors import ConfigError
 from qcompiler.ir.annotations import (
     ChannelObserver,
@@ -63,6 +64,8 @@ class InsertObservers(GraphPass):
         return self.importance
 
     def run(self, graph: Graph, context: Context) -> None:
+        if graph.kv_cache is not None:
+            prove_cached(graph, trust_remote_code=context.source.trust_remote_code)
         place_transforms(graph, context.report)
         self._observe_inputs(graph, context.report)
         quants = {node: quant for node, _ in graph.linears() if (quant := get_quant(node)) and quant.scheme}

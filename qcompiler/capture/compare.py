@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from qcompiler.capture.twin_sizes import is_crossed
 from qcompiler.collector import collector_paused
 from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Leaf, get
-from qcompiler.ir.fx import op_name
+from qcompiler.ir.fx import Node, op_name
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.partition import partitions
 from qcompiler.meta import build_on_meta
@@ -64,11 +65,16 @@ def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None
     every kind that was traced once and copied, and must show every kind of partition that the graph has. Then the graph
     and the eager forward pass must agree to the last bit. Raises `CaptureError` otherwise.
     """
+    compare_logits(*eager_twin(graph, trust_remote_code=trust_remote_code))
+
+
+def eager_twin(graph: Graph, *, trust_remote_code: bool = False) -> tuple[Graph, PreTrainedModel]:
+    """A model with weights that shows what a graph is of, and the graph of that model: see `compare_with_eager`."""
     if graph.model.device.type != "meta":
-        return compare_logits(graph, graph.model)
+        return graph, graph.model
     config, dtype = graph.model.config, graph.model.dtype
     if graph.model.num_parameters() <= _SMALL and is_crossed(config, _SHAPE[1]):
-        return compare_logits(graph, with_random_weights(config, dtype=dtype, trust_remote_code=trust_remote_code))
+        return graph, with_random_weights(config, dtype=dtype, trust_remote_code=trust_remote_code)
     twin = build_twin(config, layers=_depth(graph), dtype=dtype, trust_remote_code=trust_remote_code)
     bare = build_on_meta(twin.config, dtype=twin.dtype, trust_remote_code=trust_remote_code)
     twin_graph = capture_graph(bare, repeat=bool(graph.like))
@@ -80,7 +86,7 @@ def compare_with_eager(graph: Graph, *, trust_remote_code: bool = False) -> None
                 "so the graph cannot be compared with eager",
                 hint="pass the loaded model instead of its folder",
             )
-    return compare_logits(twin_graph, twin)
+    return twin_graph, twin
 
 
 def compare_logits(graph: Graph, model: PreTrainedModel) -> None:
@@ -88,11 +94,9 @@ def compare_logits(graph: Graph, model: PreTrainedModel) -> None:
 
     Raises `CaptureError` when a later token changes an earlier logit, or when any bit differs.
     """
-    ids = _tokens(model)
+    ids = some_tokens(model)
     wanted = causal_logits(model, ids)
-    tensors = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    with torch.no_grad():
-        got = graph_logits(graph, ids, tensors | graph.buffers)
+    got = graph_logits(graph, ids, tensors_of(graph, model))
     if not torch.equal(got, wanted):
         difference = (got.double() - wanted.double()).abs().max().item()
         raise NotTheModelError(
@@ -102,7 +106,8 @@ def compare_logits(graph: Graph, model: PreTrainedModel) -> None:
         )
 
 
-def _tokens(model: PreTrainedModel) -> Tensor:
+def some_tokens(model: PreTrainedModel) -> Tensor:
+    """Token ids [B, S] of a shape other than the one that graphs are traced at."""
     return torch.randint(3, model.config.vocab_size - 1, _SHAPE, generator=torch.Generator().manual_seed(0))
 
 
@@ -127,18 +132,24 @@ def causal_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def graph_logits(graph: Graph, ids: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """The logits [B, S, V] of a whole graph on token ids [B, S], with every parameter and buffer in `tensors`."""
+    return graph_values(graph, ids, tensors, [graph.output])[graph.output]
+
+
+@torch.no_grad()
+def graph_values(
+    graph: Graph, ids: Tensor, tensors: Mapping[str, Tensor], keep: Collection[Node]
+) -> dict[Node, Tensor]:
+    """What the nodes of `keep` are where a whole graph runs on token ids [B, S], with its tensors in `tensors`."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    values = evaluate(
-        nodes,
-        {graph.input: ids},
-        root=graph.model,
-        tensors=tensors,
-        device=ids.device,
-        keep=[graph.output],
-        handlers={},
+    return evaluate(
+        nodes, {graph.input: ids}, root=graph.model, tensors=tensors, device=ids.device, keep=keep, handlers={}
     )
-    logits: Tensor = values[graph.output]
-    return logits
+
+
+def tensors_of(graph: Graph, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor that a graph reads, by path, out of a model with weights."""
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers()
+    return {**graph.constants, **dict(parameters), **dict(buffers), **graph.buffers}
 
 
 def _depth(graph: Graph) -> int | None:

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qcompiler.errors import LegalityError
-from qcompiler.ir.annotations import Scope, need
+from qcompiler.ir.annotations import Leaf, Role, Scope, need
 from qcompiler.ir.fx import Node, is_op, tensor_arg, value
 from qcompiler.ir.graph import Graph
-from qcompiler.patterns.language import Match
+from qcompiler.patterns.language import Match, Walk
 from qcompiler.patterns.nearest import nearest
-from qcompiler.patterns.transformer import ATTENTIONS, FUSED_ATTENTION
+from qcompiler.patterns.transformer import ATTENTIONS, FUSED_ATTENTION, LINEAR, NORM
+from qcompiler.patterns.vocabulary import LAYOUT
 
-_MEND = "remove kv_cache from assign"
+MEND = "remove kv_cache from assign"
+_LATENT = Walk(
+    "latent", "back", start="value", operand=0, through=LAYOUT | {"aten.mul"}, through_leaves=NORM, to=LINEAR, many=True
+)
+"""From a linear that makes values back to one that makes a latent: what it reads, at most normalized and scaled."""
+
 _REPEATS = ("aten.reshape", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.repeat_interleave")
 
 
@@ -31,7 +37,8 @@ def cached_tensors(graph: Graph) -> list[Cached]:
 
     Of an attention that is written out, the keys are what the scores' product has on its right, transposed: its columns
     are what the softmax runs over. Raises `LegalityError` where there is none, where one is not understood, and where
-    its keys or values have no heads of their own.
+    its keys or values have no heads of their own, or are made of a latent. That the model caches what is found is for
+    `qcompiler.capture.cache` to prove.
     """
     found = [cached for node in graph.nodes for cached in _cached_at(node)]
     # Eager attention is no operation of its own: many a product is none, and no miss.
@@ -40,14 +47,14 @@ def cached_tensors(graph: Graph) -> list[Cached]:
             "the KV cache cannot be quantized: the model has "
             f"{'an' if found else 'no'} attention whose keys and values {'are not' if found else 'are'} found; "
             f"{nearest(graph, (FUSED_ATTENTION,) if found else ATTENTIONS)}",
-            hint=_MEND,
+            hint=MEND,
         )
     for cached in found:
         if value(cached.node).dim() != 4:
             raise LegalityError(
                 f"the KV cache cannot be quantized: %{cached.node.name}, the {cached.part} of {cached.path}, is not "
                 f"[batch, heads, tokens, features] but {list(value(cached.node).shape)}",
-                hint=_MEND,
+                hint=MEND,
             )
     return found
 
@@ -57,11 +64,27 @@ def _cached_at(node: Node) -> tuple[Cached, ...]:
         match = pattern.try_at(node) if pattern.anchor.holds(node) else None
         if isinstance(match, Match):
             path = need(node, Scope).calls[-1][1]
+            _refuse_latent(path, match)
             fused = pattern is FUSED_ATTENTION
             keys = tensor_arg(node, 1) if fused else _keys(match.one("scores"))
             values = tensor_arg(node, 2 if fused else 1)
             return Cached(path, "key", _before_repeat(node, keys)), Cached(path, "value", _before_repeat(node, values))
     return ()
+
+
+def _refuse_latent(path: str, match: Match) -> None:
+    """Multi-head latent attention (DeepSeek-V2): runtimes cache the latent, before heads are made of it."""
+    if _LATENT.run(match) is not None:
+        return
+    layers = {need(node, Role).layer for node in match["value"]}
+    downs = [need(node, Leaf).path for node in match["latent"] if need(node, Role).layer in layers]
+    if downs:
+        ups = " and ".join(need(node, Leaf).path for node in match["value"])
+        raise LegalityError(
+            f"the KV cache cannot be quantized: {ups} makes the values of {path} of a latent, that of {downs[0]}, "
+            "and it is the latent that runtimes cache: vLLM rounds it by one scale, Transformers its parts by two",
+            hint=MEND,
+        )
 
 
 def _keys(scores: Node) -> Node | None:
@@ -71,7 +94,7 @@ def _keys(scores: Node) -> Node | None:
         raise LegalityError(
             f"the KV cache cannot be quantized: %{scores.name} makes an attention's scores, and its right side is no "
             "transposition of keys",
-            hint=_MEND,
+            hint=MEND,
         )
     return tensor_arg(columns, 0)
 
