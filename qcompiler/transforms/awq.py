@@ -27,7 +27,7 @@ from qcompiler.numerics.tensor import pieces
 from qcompiler.scheme import QuantSpec, Strategy
 from qcompiler.transforms.fold import rescaled
 from qcompiler.transforms.options import AwqOptions
-from qcompiler.transforms.ties import tied_mean
+from qcompiler.transforms.ties import channel_mean, to_features
 
 _SMALLEST = 1e-4  # of a scale before it is normalized, and added to the weights' part: as in AutoAWQ
 # Elements that are scaled, rounded and compared at once on a CPU. Temporaries of this size stay in its cache, and the
@@ -91,19 +91,21 @@ def search(
     channels of equal `ties` (int64 [I]) get one scale. A weight is scaled in float32 and rounded to its dtype once, as
     it will be when the scale is folded. `each` may compute errors side by side: they do not depend on one another.
     """
-    activations = tied_mean(mean_abs.float(), ties)
-    magnitudes = tied_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
+    activations = channel_mean(mean_abs.float(), ties)
+    magnitudes = channel_mean(normalized_mean(weights, specs), ties) if options.duo_scaling else None
     form = QuadraticForm(hessian, weights[0].dtype)
     whole = _Errors(weights, specs, form, quantize)
     if not whole.apart:
         each = _in_turn  # a whole weight in float32 at a time, and not one for each thread
-    candidates = [(candidate, _scale(candidate, activations, magnitudes)) for candidate in _candidates(options)]
+    candidates = [
+        (candidate, to_features(_scale(candidate, activations, magnitudes), ties)) for candidate in _candidates(options)
+    ]
     if whole.apart and sum(map(len, weights)) >= _MANY_ROWS:
         some = _Errors([_largest_rows(weight) for weight in weights], specs, form, quantize)
         errors = each(some.of, [scale for _, scale in candidates])
         nearest = sorted(range(len(candidates)), key=errors.__getitem__)[:_FINALISTS]
         candidates = [candidates[index] for index in nearest]
-    unscaled = torch.ones_like(activations)
+    unscaled = torch.ones_like(mean_abs, dtype=torch.float32)
     before, *errors = each(whole.of, [unscaled, *(scale for _, scale in candidates[:1])])
     limit = min(before, *errors)  # the first is likely the best: of the others, most are seen to be worse halfway
     errors += each(partial(whole.of, limit=limit), [scale for _, scale in candidates[1:]])
@@ -145,6 +147,7 @@ def _candidates(options: AwqOptions) -> list[Candidate]:
 
 
 def _scale(candidate: Candidate, activations: Tensor, magnitudes: Tensor | None) -> Tensor:
+    """A candidate's scale of each channel [C], of its mean activation and weight."""
     scale = activations.pow(candidate.ratio)
     if candidate.duo:
         assert magnitudes is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.transforms.options import SmoothQuantOptions
-from qcompiler.transforms.ties import tied_amax
+from qcompiler.transforms.ties import channel_amax, to_features
 
 _SMALLEST = 1e-5  # of the paper's code, for scales and for the weights' range
 
@@ -27,6 +27,6 @@ def smoothing_scale(
     symmetric about 0.
     """
     largest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
-    amax, largest = tied_amax(amax.float(), ties), tied_amax(largest, ties)
+    amax, largest = channel_amax(amax.float(), ties), channel_amax(largest, ties)
     scale = amax.pow(options.strength) / largest.clamp(min=_SMALLEST).pow(1 - options.strength)
-    return torch.where((amax > 0) & (largest > 0), scale.clamp_(min=_SMALLEST), 1.0)
+    return to_features(torch.where((amax > 0) & (largest > 0), scale.clamp_(min=_SMALLEST), 1.0), ties)

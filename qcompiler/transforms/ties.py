@@ -1,4 +1,8 @@
-"""Statistics of channels that must get one scale: several inputs that one channel of the producer feeds."""
+"""Features that one channel of the producer feeds must get one scale: statistics by channel, and back to features.
+
+A scale is computed once for each channel and then given to its features. Computed for each feature, equal statistics
+need not give equal scales: a power differs in the last bit between the vectorized part of a tensor and its rest.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,16 @@ import torch
 from torch import Tensor
 
 
-def tied_amax(values: Tensor, ties: Tensor | None) -> Tensor:
-    """`values` [I], each replaced by the largest of those with an equal entry in `ties` (int64 [I])."""
+def channel_amax(values: Tensor, ties: Tensor | None) -> Tensor:
+    """The largest of the `values` [I] that have one entry in `ties` (int64 [I]), for each entry in order: [C]."""
     if ties is None:
         return values
     places, counts = _groups(ties)
-    largest = values.new_empty(len(counts)).scatter_reduce(0, places, values, "amax", include_self=False)
-    return largest[places]
+    return values.new_empty(len(counts)).scatter_reduce(0, places, values, "amax", include_self=False)
 
 
-def tied_mean(values: Tensor, ties: Tensor | None) -> Tensor:
-    """`values` [I], each replaced by the mean of those with an equal entry in `ties` (int64 [I])."""
+def channel_mean(values: Tensor, ties: Tensor | None) -> Tensor:
+    """The mean of the `values` [I] that have one entry in `ties` (int64 [I]), for each entry in order: [C]."""
     if ties is None:
         return values
     places, counts = _groups(ties)
@@ -25,7 +28,12 @@ def tied_mean(values: Tensor, ties: Tensor | None) -> Tensor:
     # A row for each group: to scatter sums is to add them in whatever order a GPU's threads come.
     table = values.new_zeros(len(counts), int(counts.max()))
     table[places[order], rank] = values[order]
-    return (table.sum(1) / counts)[places]
+    return table.sum(1) / counts
+
+
+def to_features(scale: Tensor, ties: Tensor | None) -> Tensor:
+    """The scale of each feature, [I], from that of each channel, [C], in the order of the entries of `ties`."""
+    return scale if ties is None else scale[_groups(ties)[0]]
 
 
 def _groups(ties: Tensor) -> tuple[Tensor, Tensor]:

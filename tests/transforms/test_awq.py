@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -167,6 +168,23 @@ def test_tied_channels_get_one_scale_and_it_helps() -> None:
     assert choice.error < 0.9 * choice.before
     assert choice.error == pytest.approx(error(weights, inputs, choice.scale), rel=3e-3)
     assert not torch.equal(searched(weights, inputs).scale[:48], searched(weights, inputs).scale[48:])
+
+
+@pytest.mark.parametrize("duo_scaling", [False, True])
+def test_tied_channels_get_one_scale_wherever_they_stand(duo_scaling: bool) -> None:
+    """A power is computed otherwise in the last features than in the vectors before them."""
+    weights, inputs = data(24, columns=60)
+    tried: list[Tensor] = []
+
+    def each(error: Callable[[Tensor], float], scales: Sequence[Tensor]) -> list[float]:
+        tried.extend(scales)
+        return [error(scale) for scale in scales]
+
+    options, spec = AwqOptions(duo_scaling=duo_scaling), preset("W8A8").weights
+    searched(weights, inputs, options, spec=spec, ties=torch.arange(12).repeat(5), each=each)
+    assert len(tried) == 20
+    for scale in tried:
+        assert all(torch.equal(part, scale[:12]) for part in scale.split(12))
 
 
 def test_dead_channels_keep_a_scale_of_one_and_change_no_other() -> None:

@@ -39,3 +39,15 @@ def test_tied_channels_get_the_scale_of_their_largest() -> None:
 def test_scales_stay_away_from_zero() -> None:
     scale = smoothing_scale([torch.full((1, 1), 1e20)], torch.full((1,), 1e-30), SmoothQuantOptions())
     assert scale.item() == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.8])
+def test_tied_channels_get_one_scale_wherever_they_stand(strength: float) -> None:
+    """A power is computed otherwise in the last features than in the vectors before them."""
+    ties = torch.arange(12).repeat(5)
+    amax, weight = torch.rand(2, 60, generator=torch.Generator().manual_seed(0)) * 4 + 0.1
+    scale = smoothing_scale([weight[None]], amax, SmoothQuantOptions(strength=strength), ties=ties)
+    assert all(torch.equal(part, scale[:12]) for part in scale.split(12))
+    largest = [tensor.view(5, 12).amax(0) for tensor in (amax, weight)]
+    expected = largest[0].double().pow(strength) / largest[1].double().pow(1 - strength)
+    assert torch.allclose(scale[:12].double(), expected)

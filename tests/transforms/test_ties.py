@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from qcompiler.transforms.ties import tied_amax, tied_mean
+from qcompiler.transforms.ties import channel_amax, channel_mean, to_features
 
 TIES = {
     "heads": torch.arange(8).reshape(2, 4).repeat_interleave(3, 0).flatten(),
@@ -21,10 +21,11 @@ def test_each_channel_gets_the_statistic_of_those_it_is_tied_to(name: str) -> No
     ties = TIES[name].tolist()
     values = torch.randn(len(ties), generator=torch.Generator().manual_seed(0))
     groups = [[float(v) for v, other in zip(values, ties, strict=True) if other == tie] for tie in ties]
-    assert tied_amax(values, TIES[name]).tolist() == [max(group) for group in groups]
-    assert tied_mean(values, TIES[name]).tolist() == pytest.approx([fmean(group) for group in groups], rel=1e-5)
+    largest, mean = (to_features(found(values, TIES[name]), TIES[name]) for found in (channel_amax, channel_mean))
+    assert largest.tolist() == [max(group) for group in groups]
+    assert mean.tolist() == pytest.approx([fmean(group) for group in groups], rel=1e-5)
 
 
 def test_what_is_not_tied_stays() -> None:
     values = torch.tensor([3.0, 1.0])
-    assert tied_amax(values, None) is tied_mean(values, None) is values
+    assert channel_amax(values, None) is channel_mean(values, None) is to_features(values, None) is values
