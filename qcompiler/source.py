@@ -183,7 +183,10 @@ def open_model(
         raise ConfigError(f"{model} is a folder, which brings its own tokenizer", hint="leave tokenizer= out")
     folder = resolve_model(str(model), revision=revision)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    refuse(config)
+    try:
+        refuse(config)
+    except CaptureError as error:
+        raise CaptureError(f"{model}: {error.message}", hint=error.hint) from None
     refuse_described(folder)
     built = build_on_meta(config, dtype=_dtype(dtype, config, folder), trust_remote_code=trust_remote_code)
     refuse_built(built)

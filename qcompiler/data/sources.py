@@ -79,6 +79,10 @@ def open_source(
             yield Source(name, _pick_split(name, saved, split, usual_split))
         elif path.is_dir():
             yield _from_files(name, _files_of_split(path, split, usual_split), None, cache)
+        elif path.exists():
+            raise DataError(
+                f"{name} is neither a file nor a folder", hint="write what a pipe or a device gives into a file first"
+            )
         else:
             yield _from_hub(name, config_name, split or usual_split, cache)
 

@@ -149,7 +149,7 @@ def _changed(rows: dict[str, LayerRow], written: dict[str, WrittenRow]) -> Itera
     for path, row in rows.items():
         if path in written and written[path].scheme != row.scheme:
             said, held = written[path].scheme or "dense", row.scheme or "dense"
-            text = f"{path}: qcompiler.json says {said}, config.json and weights {held}: its errors are not of these"
+            text = f"{path}: qcompiler.json says {said}, config.json {held}: its errors are not of this"
             yield NoteText(kind="warning", text=text)
 
 

@@ -41,6 +41,11 @@ def test_data_that_is_not_there_is_named(model: Path, refuse: Refuse) -> None:
     refuse("compile", model, "-p", "fp8", "--dataset", "none.jsonl", says=["no file or folder 'none.jsonl'", "path"])
 
 
+def test_a_device_or_a_pipe_is_not_said_to_be_missing(model: Path, refuse: Refuse) -> None:
+    says = ["/dev/null is neither a file nor a folder", "into a file first"]
+    refuse("compile", model, "-p", "fp8", "--dataset", "/dev/null", says=says)
+
+
 def test_data_is_asked_for_where_activations_are_measured(model: Path, refuse: Refuse) -> None:
     refuse("compile", model, "-p", "fp8", says=["measures activations", "--dataset", "dynamic"])
 

@@ -52,6 +52,7 @@ def test_a_model_that_is_already_quantized_is_refused(broken: Path, compiled: Pa
     edit_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
     refuse("compile", broken, "-p", "w8a8-rtn", says=["already quantized", "original"])
     refuse("compile", compiled, "-p", "w8a8-rtn", says=["already quantized", "original"])
+    refuse("verify", compiled, "--reference", broken, says=[f"error: {broken}: llama: this model is already quantized"])
 
 
 @pytest.mark.parametrize("command", ["compile", "plan"])

@@ -125,7 +125,7 @@ def test_a_report_that_does_not_fit_the_checkpoint_is_not_believed(compiled: str
     assert right.measures.error is not None
     assert right.because == ("assign: rule 2",)
     told = [note.text for note in document.notes if note.kind in ("warning", "fallback")]
-    assert any("qcompiler.json says w:int8/channel, config.json and weights w:int4/g16" in text for text in told)
+    assert any("qcompiler.json says w:int8/channel, config.json w:int4/g16" in text for text in told)
     assert any("which rules lost is not known: " in text and "a-pass-that-is-not" in text for text in told)
 
 
