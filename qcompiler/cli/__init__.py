@@ -1,5 +1,7 @@
 """The command line. Errors are one message on standard error and exit code 2; an interrupt is one line and 130.
 
+Where the reader of standard output goes away, the command ends without a word, and with 141.
+
 All else is imported inside `main`, so that whoever interrupts the imports is answered too.
 """
 
@@ -26,5 +28,6 @@ def main() -> None:
 
 
 def _say_interrupted() -> None:
-    print("interrupted", file=sys.stderr)
+    if sys.stderr is not None:  # where it is closed; `print` would take standard output instead
+        print("interrupted", file=sys.stderr)
     sys.exit(INTERRUPTED)
