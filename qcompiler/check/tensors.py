@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qcompiler.check.checkpoint import Checkpoint
 from qcompiler.check.config import Config, Group
+from qcompiler.check.differences import AGAIN, FLOATS, Difference, alike, dtype_name, is_scalar, of_format, spec, told
 from qcompiler.check.findings import ALL, MODEL, Finding
 from qcompiler.check.linears import Linear, Linears, stored_shape
 from qcompiler.check.loaders import Meaning
@@ -23,17 +23,7 @@ from qcompiler.formats.bits import packed_words
 from qcompiler.scheme import Format, Strategy
 from qcompiler.tensors import Spec
 
-_FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
-_SIZES = frozenset({torch.int64, torch.int32})
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
-_AGAIN = "write the checkpoint again with the tool that made it"
-
-
-@dataclass(frozen=True, slots=True)
-class _Difference:
-    part: str
-    found: TensorMeta | None
-    wanted: Spec | None
 
 
 class Stored:
@@ -89,25 +79,25 @@ class Stored:
                     mend,
                 )
             else:
-                yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", _AGAIN)
+                yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", AGAIN)
         elif not {"weight", "weight_packed"} & parts.keys():
-            yield Finding.of("tensor-missing", name, ALL, "it has scales, and no file holds its codes", _AGAIN)
+            yield Finding.of("tensor-missing", name, ALL, "it has scales, and no file holds its codes", AGAIN)
         else:
             wanted = self._wanted(linear, meaning, meaning.format)
             differences = [] if wanted is None else self._differences(linear, wanted)
             other = self._other_format(linear, meaning) if differences else None
             if other is not None:
-                yield _of_format(name, meaning, other)
+                yield of_format(name, meaning, other)
             elif differences and (owner := self._other_group(linear, meaning)) is not None:
                 group, stored = owner
                 message = f"the config says {meaning.scheme.short}, its tensors are those of {group} ({stored})"
                 yield Finding.of("group-disagrees", name, ALL, message, f"move it to the targets of {group}")
             else:
-                columns = self._sizes(linear)[1]
-                yield from (_told(name, meaning, difference, columns) for difference in differences)
-            scalars = [part for part in ("weight_global_scale", "input_global_scale") if _is_scalar(parts.get(part))]
+                sizes = self._sizes(linear)
+                yield from (told(linear, meaning, difference, sizes) for difference in differences)
+            scalars = [part for part in ("weight_global_scale", "input_global_scale") if is_scalar(parts.get(part))]
             if scalars and self._linears.dtype is not torch.float32:
-                dtype = _name(self._linears.dtype)
+                dtype = dtype_name(self._linears.dtype)
                 message = (
                     f"{' and '.join(scalars)} of shape []: Transformers computes with them in {dtype}, not in float32"
                 )
@@ -124,7 +114,7 @@ class Stored:
         weights = {f"{linear.path.name}.weight" for linear in known.linears}  # told with their linears
         for path in known.missing:
             if path not in weights:
-                yield Finding.of("tensor-missing", path, ALL, "no file holds this parameter", _AGAIN)
+                yield Finding.of("tensor-missing", path, ALL, "no file holds this parameter", AGAIN)
         if known.prefixed:
             first, path = known.prefixed[0]
             message = (
@@ -153,8 +143,8 @@ class Stored:
                 message = f"it has shape {list(meta.shape)}, and the model {list(shape)}"
                 yield Finding.of("tensor-shape", key, ALL, message, "config.json and weights are of different models")
             if dtype.is_floating_point and not is_dense(meta.dtype) and module not in on_disk:
-                message = f"it is {_name(meta.dtype)} without scales: codes are read as numbers"
-                yield Finding.of("tensor-dtype", key, ALL, message, _AGAIN)
+                message = f"it is {dtype_name(meta.dtype)} without scales: codes are read as numbers"
+                yield Finding.of("tensor-dtype", key, ALL, message, AGAIN)
         if self._config.kv_cache is not None:
             yield from self._cache()
 
@@ -169,11 +159,11 @@ class Stored:
                 )
                 mend = "calibrate the KV cache, or set kv_cache_scheme to null"
                 yield Finding.of("cache-scale-missing", key, ("vllm", "transformers", "sglang"), message, mend)
-            elif (meta := tensors[key]).dtype not in _FLOATS or not self._is_cache_shape(meta.shape):
+            elif (meta := tensors[key]).dtype not in FLOATS or not self._is_cache_shape(meta.shape):
                 strategy = self._config.kv_cache and self._config.kv_cache.strategy
                 wanted = "[heads, 1, 1]" if strategy == "attn_head" else "[1]"
                 message = (
-                    f"it is {_spec(meta.dtype, meta.shape)}; with strategy {strategy} loaders expect floats {wanted}"
+                    f"it is {spec(meta.dtype, meta.shape)}; with strategy {strategy} loaders expect floats {wanted}"
                 )
                 yield Finding.of("cache-scale-form", key, ALL, message, "calibrate the KV cache again")
 
@@ -187,7 +177,7 @@ class Stored:
     def _dense(self, linear: Linear, parts: Mapping[str, TensorMeta]) -> Iterator[Finding]:
         name = linear.name
         if f"{linear.path.name}.weight" in self._missing:
-            yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", _AGAIN)
+            yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", AGAIN)
         if self._checkpoint.is_quantized(name):
             yield Finding.of(
                 "stored-quantized",
@@ -197,8 +187,8 @@ class Stored:
                 "add it to a target, or take it out of ignore",
             )
         elif "weight" in parts and not is_dense(parts["weight"].dtype):
-            message = f"its weight is {_name(parts['weight'].dtype)} without scales: codes are read as weights"
-            yield Finding.of("tensor-dtype", name, ALL, message, _AGAIN)
+            message = f"its weight is {dtype_name(parts['weight'].dtype)} without scales: codes are read as weights"
+            yield Finding.of("tensor-dtype", name, ALL, message, AGAIN)
 
     def _wanted(self, linear: Linear, group: Group, format: Format) -> dict[str, Spec] | None:
         """The layout; None where sizes are not known or groups do not divide, which legality tells."""
@@ -216,11 +206,11 @@ class Stored:
             return linear.path.out_features, linear.path.in_features
         return stored_shape(self._checkpoint, linear.name) or (0, 0)
 
-    def _differences(self, linear: Linear, wanted: Mapping[str, Spec]) -> list[_Difference]:
+    def _differences(self, linear: Linear, wanted: Mapping[str, Spec]) -> list[Difference]:
         parts = self._checkpoint.parts.get(linear.name, {})
         names = sorted(wanted.keys() | parts.keys())
-        all_ = (_Difference(part, parts.get(part), wanted.get(part)) for part in names)
-        return [d for d in all_ if d.found is None or d.wanted is None or not _alike(d.part, d.found, d.wanted)]
+        all_ = (Difference(part, parts.get(part), wanted.get(part)) for part in names)
+        return [d for d in all_ if d.found is None or d.wanted is None or not alike(d.part, d.found, d.wanted)]
 
     def _other_group(self, linear: Linear, group: Group) -> tuple[str, str] | None:
         """The name of another group whose tensors a linear has, and its scheme in a word."""
@@ -235,19 +225,13 @@ class Stored:
         grouped = strategy in (Strategy.GROUP, Strategy.TENSOR_GROUP) and size > 0
         groups = -(-columns // size) if grouped else 1
         if scale and columns and (grouped or strategy == Strategy.CHANNEL) and scale.shape[1:] not in ((groups,), ()):
-            message = (
-                f"weight_scale is {_spec(scale.dtype, scale.shape)}, and the config says {groups} groups of inputs"
-            )
+            message = f"weight_scale is {spec(scale.dtype, scale.shape)}, and the config says {groups} groups of inputs"
             found = scale.shape[1]
-            mend = (
-                f'write "group_size": {columns // found} into its group' if found and columns % found == 0 else _AGAIN
-            )
+            mend = f'write "group_size": {columns // found} into its group' if found and columns % found == 0 else AGAIN
             yield Finding.of("tensor-shape", linear.name, ("transformers",), message, mend)
         words = packed_words(columns, weights["num_bits"]) if packed and weights.get("type") == "int" else 0
         if packed and words and packed.shape[1:] != (words,):
-            message = (
-                f"weight_packed is {_spec(packed.dtype, packed.shape)}, and the config says {words} words to a row"
-            )
+            message = f"weight_packed is {spec(packed.dtype, packed.shape)}, and the config says {words} words to a row"
             yield Finding.of("tensor-shape", linear.name, ("transformers",), message, "correct num_bits in its group")
         if scale and weights.get("symmetric") is False and "weight_zero_point" not in parts:
             message = "weight_zero_point is missing: its group says symmetric: false"
@@ -268,115 +252,3 @@ class Stored:
             if wanted is not None and not self._differences(linear, wanted):
                 return format
         return None
-
-
-def _alike(part: str, found: TensorMeta, wanted: Spec) -> bool:
-    dtype, shape = wanted
-    return _same_dtype(part, found.dtype, dtype) and (found.shape == shape or (shape == (1,) and found.shape == ()))
-
-
-def _is_scalar(meta: TensorMeta | None) -> bool:
-    """PyTorch promotes no dtype for a tensor of no dimension."""
-    return meta is not None and meta.shape == ()
-
-
-def _same_dtype(part: str, found: torch.dtype, wanted: torch.dtype) -> bool:
-    """Loaders copy scales and zero points into their own dtype, so any float of 16 bits or more does, and any integer
-    that is wide enough: the values are looked at by themselves.
-    """
-    if part == "weight_shape":
-        return found in _SIZES
-    if part == "input_zero_point":
-        return found in (torch.int8, torch.int16, *_SIZES)
-    scales = _FLOATS | {torch.float8_e4m3fn} if part == "weight_scale" else _FLOATS
-    return found == wanted or (wanted in scales and found in _FLOATS)
-
-
-def _of_format(name: str, group: Group, other: Format) -> Finding:
-    """Tensors of another format than the config says. Who looks for those of the written one?"""
-    loaders = [*ALL]
-    if group.format is Format.NVFP4 and other is not Format.PACK_QUANTIZED:
-        loaders = ["transformers"]  # the others only read from it that activations are quantized
-    if not group.own and other is group.scheme.format:
-        loaders = [loader for loader in loaders if loader != "transformers"]
-    message = f"the config says {group.format}, its tensors are {other}"
-    mend = f'write "format": "{other}" into its group'
-    if not loaders:
-        return Finding.of("format-untidy", name, (), f"{message}: loaders go by its numbers", mend)
-    message += ": other tensors are looked for, and loading raises or leaves weights at random"
-    return Finding.of("format-disagrees", name, loaders, message, mend)
-
-
-def _told(name: str, group: Group, difference: _Difference, columns: int) -> Finding:
-    """One difference, with its cause where it is known. columns: how many inputs the weight has."""
-    part, found, wanted = difference.part, difference.found, difference.wanted
-    scheme = group.scheme
-    if found is None:
-        assert wanted is not None
-        loaders = ("transformers",) if part == "weight_shape" else ALL
-        message = f"{part} {_spec(*wanted)} is missing: {scheme.short} in {group.format} has it"
-        return Finding.of("tensor-missing", name, loaders, message, _AGAIN)
-    if wanted is None:
-        return _unexpected(name, group, part, found)
-    message = f"{part} is {_spec(found.dtype, found.shape)}, loaders expect {_spec(*wanted)}"
-    if not _same_dtype(part, found.dtype, wanted[0]):
-        # vLLM casts as it copies, which loses nothing where the integers are wider.
-        wider = {found.dtype, wanted[0]} == {torch.int64, torch.int32}
-        loaders = ("transformers",) if wider else ALL
-        return Finding.of("tensor-dtype", name, loaders, message, _retyped(group, difference) or _AGAIN)
-    if part == "weight_scale" and scheme.weights.strategy is Strategy.CHANNEL and len(found.shape) == 1:
-        return Finding.of("scale-one-dimensional", name, ALL, f"{message}: they raise", "reshape it to [O, 1]")
-    if part == "weight_packed" and group.format is Format.PACK_QUANTIZED:
-        per_word = 32 // scheme.weights.bits
-        if 32 % scheme.weights.bits and found.shape == (wanted[1][0], -(-columns // per_word)):
-            why = f"{message}: {per_word} values to a word, as before compressed-tensors 0.18"
-            return Finding.of("words-padded", name, ALL, why, "write it again with compressed-tensors 0.18 or later")
-    if found.shape != wanted[1] and found.shape == wanted[1][::-1]:
-        return Finding.of("tensor-shape", name, ALL, f"{message}: it is the transpose", "transpose it")
-    return Finding.of("tensor-shape", name, ALL, message, _resized(group, difference, columns) or _AGAIN)
-
-
-def _retyped(group: Group, difference: _Difference) -> str | None:
-    """The type that the config would have to say for 8-bit codes to have the dtype that was found."""
-    found = None if difference.found is None else difference.found.dtype
-    type_ = {torch.int8: "int", torch.float8_e4m3fn: "float"}.get(found) if found is not None else None
-    if difference.part != "weight" or type_ is None:
-        return None
-    return f'write "type": "{type_}" into the weights of its group, and into its activations if they are that too'
-
-
-def _resized(group: Group, difference: _Difference, columns: int) -> str | None:
-    """What the config would have to say for a tensor of integer weights to have the shape that was found."""
-    part, found, wanted, weights = difference.part, difference.found, difference.wanted, group.scheme.weights
-    if found is None or wanted is None or weights.type != "int" or len(found.shape) != 2:
-        return None
-    rows, groups = found.shape
-    if rows != wanted[1][0] or not groups or columns % groups:
-        return None
-    size = columns // groups
-    if part == "weight_scale" and weights.strategy is Strategy.GROUP and 1 < size < columns:
-        return f'write "group_size": {size} into its group, if that is what it was quantized with'
-    if part == "weight_packed" and 1 < size <= 16 and 32 % size == 0:
-        return f'write "num_bits": {32 // size} into its group, if that is what it was quantized with'
-    return None
-
-
-def _unexpected(name: str, group: Group, part: str, found: TensorMeta) -> Finding:
-    what = f"{part} {_spec(found.dtype, found.shape)}"
-    loaders = ("vllm", "sglang")
-    if part == "weight_zero_point":
-        message = f"{what}, and {group.scheme.short} is symmetric: vLLM has no parameter for it and raises"
-        return Finding.of("zero-point-unexpected", name, loaders, message, "remove it, or write symmetric: false")
-    if part == "weight_g_idx":
-        message = f"{what}: loaders no longer read an order of activations: vLLM raises, Transformers permutes nothing"
-        return Finding.of("order-tensor", name, ALL, message, 'quantize again with actorder "static" or null')
-    message = f"{what} belongs to no {group.scheme.short} in {group.format}: vLLM has no parameter for it and raises"
-    return Finding.of("tensor-unexpected", name, loaders, message, "remove it, or correct the group")
-
-
-def _spec(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{_name(dtype)} {list(shape)}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

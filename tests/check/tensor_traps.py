@@ -99,6 +99,11 @@ def integers_that_the_config_calls_floats(edited: Edited) -> None:
         edited.group("group_1")[part]["type"] = "float"
 
 
+@trap("mixed", "tensor-dtype", DOWN, ("vllm", "sglang"))
+def integer_weights_alone_that_the_config_calls_floats(edited: Edited) -> None:
+    edited.group("group_1")["weights"]["type"] = "float"
+
+
 @trap("nvfp4", "tensor-dtype", DOWN)
 def wide_scales_beyond_the_range_of_their_dtype(edited: Edited) -> None:
     edited.change(f"{DOWN}.weight_scale", lambda scale: scale.float() * 4)
@@ -116,6 +121,21 @@ def codes_without_scales(edited: Edited) -> None:
 @trap("nvfp4", "tensor-shape", DOWN, ("transformers",), also=("format-unread",))
 def nvfp4_of_wide_groups_to_transformers(edited: Edited) -> None:
     edited.group()["weights"]["group_size"] = 32
+
+
+@trap("channel", "tensor-shape", DOWN, ("vllm", "sglang"))
+def channel_scales_of_one_per_tensor(edited: Edited) -> None:
+    edited.group()["weights"]["strategy"] = "tensor"
+
+
+@trap("packed", "tensor-shape", DOWN, ("vllm", "sglang"))
+def channel_scales_of_groups(edited: Edited) -> None:
+    edited.change(f"{DOWN}.weight_scale", lambda scale: scale[:, :1])
+
+
+@trap("channel", "tensor-shape", DOWN, ("vllm", "sglang"))
+def one_scale_of_channels(edited: Edited) -> None:
+    edited.change(f"{DOWN}.weight_scale", lambda scale: scale[0])
 
 
 @trap("packed", "tensor-shape", DOWN)
