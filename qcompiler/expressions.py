@@ -60,7 +60,7 @@ def read_alike(target: str) -> bool:
     return _read(target).alike
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _read(target: str) -> _Reading:
     # Compiling writes counted repeats out, nested ones multiplied, and knows no timeout.
     if math.prod(int(count[:9]) or 1 for count in _REPEAT.findall(target)) > _MAX_REPEATS:

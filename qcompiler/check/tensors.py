@@ -159,17 +159,19 @@ class Stored:
                 )
                 mend = "calibrate the KV cache, or set kv_cache_scheme to null"
                 yield Finding.of("cache-scale-missing", key, ("vllm", "transformers", "sglang"), message, mend)
-            elif (meta := tensors[key]).dtype not in FLOATS or not self._is_cache_shape(meta.shape):
-                strategy = self._config.kv_cache and self._config.kv_cache.strategy
+                continue
+            meta, strategy = tensors[key], self._config.kv_cache and self._config.kv_cache.strategy
+            shapes = {each for each in ("tensor", "attn_head") if self._is_cache_shape(meta.shape, each)}
+            if meta.dtype not in FLOATS or strategy not in shapes:
+                loaders = ("vllm", "sglang") if shapes and meta.dtype in FLOATS else ALL  # Transformers broadcasts both
                 wanted = "[heads, 1, 1]" if strategy == "attn_head" else "[1]"
                 message = (
                     f"it is {spec(meta.dtype, meta.shape)}; with strategy {strategy} loaders expect floats {wanted}"
                 )
-                yield Finding.of("cache-scale-form", key, ALL, message, "calibrate the KV cache again")
+                yield Finding.of("cache-scale-form", key, loaders, message, "calibrate the KV cache again")
 
-    def _is_cache_shape(self, shape: tuple[int, ...]) -> bool:
-        assert self._config.kv_cache is not None
-        if self._config.kv_cache.strategy == "attn_head":
+    def _is_cache_shape(self, shape: tuple[int, ...], strategy: str) -> bool:
+        if strategy == "attn_head":
             heads = self._checkpoint.config.get("num_key_value_heads")
             return shape[1:] == (1, 1) and (not isinstance(heads, int) or shape[0] == heads)
         return shape in ((), (1,))

@@ -112,8 +112,13 @@ def a_cache_scale_that_is_missing(edited: Edited) -> None:
 
 
 @trap("channel", "cache-scale-form", f"{LAYER}.self_attn.k_scale")
-def a_cache_scale_for_each_head(edited: Edited) -> None:
+def a_cache_scale_of_another_shape(edited: Edited) -> None:
     edited.change(f"{LAYER}.self_attn.k_scale", lambda scale: scale.repeat(2))
+
+
+@trap("channel", "cache-scale-form", f"{LAYER}.self_attn.k_scale", ("vllm", "sglang"))
+def one_cache_scale_where_each_head_should_have_one(edited: Edited) -> None:
+    edited.quantization["kv_cache_scheme"]["strategy"] = "attn_head"
 
 
 @trap("channel", "cache-scale-form", f"{LAYER}.self_attn.v_scale")
