@@ -179,7 +179,10 @@ class _Errors:
             if self.apart and weight.device.type == "cpu":
                 rows = max(16, _ELEMENTS // weight.shape[1])
             for part in torch.split(weight, rows):
-                difference = self._quantize(which, rescaled(part, scale), scale).float().div_(scale).sub_(part)
+                scaled = rescaled(part, scale)
+                if scaled.dtype is torch.float16 and not bool(scaled.isfinite().all()):
+                    return float("inf")  # what overflows is no scale for these weights
+                difference = self._quantize(which, scaled, scale).float().div_(scale).sub_(part)
                 for some in torch.split(difference, _ROWS):
                     total += self._form.of(some.to(self._form.dtype))
                     if total >= limit:

@@ -238,3 +238,15 @@ def test_weights_stay_as_they_were(name: str, dtype: torch.dtype) -> None:
     before = [weight.clone() for weight in weights]
     normalized_mean(weights, [WEIGHT_SPECS[name]] * 2)
     assert all(torch.equal(weight, copy) for weight, copy in zip(weights, before, strict=True))
+
+
+def test_a_scale_under_which_float16_overflows_is_none_of_the_candidates() -> None:
+    (weight,), inputs = data(64)
+    mean = inputs.abs().mean(0)
+    loudest = int(mean.argmax())
+    half = weight.half()
+    half[0, loudest] = 30_000  # any scale above 2 in the loudest channel is one too many
+    for options in (AwqOptions(duo_scaling=False), AwqOptions()):
+        choice = searched([half], inputs, options)
+        assert bool((half.float() * choice.scale).half().isfinite().all())
+        assert choice.error <= choice.before
