@@ -182,7 +182,7 @@ def _unread(name: str, written: Mapping[str, Any], why: str) -> Finding:
         MODEL,
         ALL if eight or packed else ("vllm", "sglang"),
         f"group {name}: {why.removeprefix(f'config_groups.{name}.')}: vLLM raises NotImplementedError"
-        + (", Transformers too" if eight else ""),
+        + (", Transformers too" if eight or packed else ""),
         "correct what it says of its weights, or quantize again with numbers that loaders have",
     )
 

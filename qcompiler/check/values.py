@@ -21,6 +21,7 @@ from qcompiler.scheme import QuantSpec
 _SCALES = ("weight_scale", "weight_global_scale", "input_global_scale", "input_scale")
 _DIVISORS = (*_SCALES[1:], "cache_scale")
 _WIDE = (torch.bfloat16, torch.float16, torch.float32)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST = 464  # that E4M3 rounds to its own largest number, 448
 _NAN_EXPONENT = 255  # of E8M0
 _PLACES = 8  # where two tensors are compared
@@ -160,7 +161,8 @@ class Values:
         ]
         for part, spec in specs:
             meta = parts.get(part)
-            if meta is None or spec is None or not (meta.dtype == torch.int8 or part == "input_zero_point"):
+            packed = part == "weight_zero_point" and meta is not None and meta.dtype != torch.int8
+            if meta is None or spec is None or meta.dtype not in _INTEGERS or packed:
                 continue  # packed ones cannot leave their range
             low, high = -(1 << (spec.bits - 1)), (1 << (spec.bits - 1)) - 1
             wrong = sum(int(((v < low) | (v > high)).sum()) for v in self._checkpoint.chunks(meta))
@@ -175,11 +177,16 @@ class Values:
         parts, scheme = self._checkpoint.parts.get(linear.name, {}), group.scheme
         weights, inputs = parts.get("weight_zero_point"), parts.get("input_zero_point")
         does = "are not those of symmetric numbers, which the config says these are: Transformers drops them, and"
-        if weights is not None and scheme.weights.symmetric and self._means(weights, scheme.weights, linear):
+        if (
+            weights is not None
+            and scheme.weights.symmetric
+            and weights.dtype in _INTEGERS
+            and self._means(weights, scheme.weights, linear)
+        ):
             message = f"zero points {does} reads other weights"
             yield Finding.of("zero-point-unexpected", linear.name, ("transformers",), message, "write symmetric: false")
         symmetric = scheme.input_activations is not None and scheme.input_activations.symmetric
-        if inputs is not None and symmetric and any(bool(values.any()) for values in self._checkpoint.chunks(inputs)):
+        if inputs is not None and symmetric and inputs.dtype in _INTEGERS and self._any(inputs):
             message = f"input_zero_point: zero points {does} rounds other activations"
             mend = "write symmetric: false into its input_activations"
             yield Finding.of("tensor-unexpected", linear.name, ("transformers",), message, mend)
@@ -187,7 +194,7 @@ class Values:
     def _means(self, meta: TensorMeta, spec: QuantSpec, linear: Linear) -> bool:
         """Whether zero points of symmetric weights are others than the middle of their range."""
         if meta.dtype != torch.int32:
-            return any(bool(values.any()) for values in self._checkpoint.chunks(meta))
+            return self._any(meta)
         rows, columns = linear.path.out_features, linear.path.in_features
         # Of another shape, they are an error whatever they mean, and may take forever.
         if len(meta.shape) != 2 or packed_words(rows, spec.bits) != meta.shape[0] or not 0 < meta.shape[1] <= columns:
@@ -195,11 +202,16 @@ class Values:
         words = torch.cat([*self._checkpoint.chunks(meta)]).view(meta.shape)
         return bool(unpack_words(words.T, spec.bits, rows).any())
 
+    def _any(self, meta: TensorMeta) -> bool:
+        return any(bool(values.any()) for values in self._checkpoint.chunks(meta))
+
     def _rounded(self, linear: Linear, group: Group) -> Iterator[Finding]:
         """NVFP4 scales of a wider dtype, which every loader rounds to FP8."""
         meta = self._checkpoint.parts.get(linear.name, {}).get("weight_scale")
         if not group.scheme.weights.is_nvfp4 or meta is None or meta.dtype not in _WIDE:
             return
+        if math.prod(meta.shape) > linear.path.out_features * linear.path.in_features:
+            return  # an error by its shape
         large = sum(int((values.float() > _LARGEST).sum()) for values in self._checkpoint.chunks(meta))
         if large:
             message = (

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qcompiler.check import entries
-from tests.check.checkpoints import Edited
-from tests.check.conftest import Base
+from tests.check.checkpoints import DOWN, Edited
+from tests.check.conftest import Base, Check
 from tests.cli.conftest import Refuse
 
 SECONDS = 30.0  # of the process: machines do other things too
@@ -256,6 +256,19 @@ def test_a_weight_shape_that_lies(shape: list[int], base: Base, tmp_path: Path, 
     edited.config["model_type"] = "unheard-of"  # sizes come from the tensors
     edited.tensors["model.layers.0.mlp.down_proj.weight_shape"] = torch.tensor(shape)
     assert run("check", edited.write(tmp_path / "hostile")).code in (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bool, torch.uint8, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_that_are_no_integers_are_a_finding(
+    dtype: torch.dtype, symmetric: bool, base: Base, checked: Check
+) -> None:
+    edited = base("mixed")
+    for part in ("weights", "input_activations"):
+        edited.group("group_1")[part]["symmetric"] = symmetric
+    for part in ("weight_zero_point", "input_zero_point"):
+        edited.tensors[f"{DOWN}.{part}"] = torch.ones(1).to(dtype)
+    assert not checked(edited).ok
 
 
 def test_code_that_comes_along_is_not_run(base: Base, tmp_path: Path, run: Callable[..., Any]) -> None:
