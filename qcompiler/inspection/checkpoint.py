@@ -146,11 +146,16 @@ def _row(node: Node, leaf: Leaf, lowered: Lowered, known: WrittenRow | None, sec
 
 def _changed(rows: dict[str, LayerRow], written: dict[str, WrittenRow]) -> Iterator[NoteText]:
     """What the report says otherwise than the checkpoint."""
+    differing: dict[tuple[str, str], list[str]] = {}
     for path, row in rows.items():
         if path in written and written[path].scheme != row.scheme:
-            said, held = written[path].scheme or "dense", row.scheme or "dense"
-            text = f"{path}: qcompiler.json says {said}, config.json {held}: its errors are not of this"
-            yield NoteText(kind="warning", text=text)
+            differing.setdefault((written[path].scheme or "dense", row.scheme or "dense"), []).append(path)
+    for (said, held), paths in differing.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        text = f"{paths[0]}{more}: qcompiler.json says {said}, config.json {held}: measured errors are not of this"
+        yield NoteText(
+            kind="warning", text=f"{text}; `qcompiler check` says whether the tensors are what config.json says"
+        )
 
 
 def _facts(pipeline: Pipeline, provenance: Provenance) -> PipelineFacts:
