@@ -61,6 +61,36 @@ _SHORT: dict[str, dict[str, Any]] = {
     },
 }
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-40b": (
+        "falcon",
+        {"new_decoder_architecture": True, "hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8},
+    ),
+    "falcon-11b": (
+        "falcon",
+        {
+            "new_decoder_architecture": True,
+            "hidden_size": 4096,
+            "ffn_hidden_size": 16384,
+            "num_attention_heads": 32,
+            "num_kv_heads": 8,
+            "num_ln_in_parallel_attn": 1,
+        },
+    ),
+    "falcon-rw-1b": (
+        "falcon",
+        {
+            "alibi": True,
+            "bias": True,
+            "hidden_size": 2048,
+            "multi_query": False,
+            "num_attention_heads": 32,
+            "parallel_attn": False,
+        },
+    ),
+}
+"""Checkpoints whose graph is another than that of their class's default config, and what their configs say."""
+
 _RECURRENT_ENTRY = re.compile(r"\w*(mamba|ssm|conv|lru_width|state_size)\w*|linear_(num_\w+)?heads")
 _RECURRENT_LAYER = re.compile(r"linear_attention|conv|mamba|recurrent")
 
@@ -100,8 +130,9 @@ def default_config(model_type: str, **said: Any) -> PreTrainedConfig:
 
 
 def tiny_config(model_type: str, *, layers: int | None = None) -> PreTrainedConfig:
-    """The default config of `model_type`, short and shrunk. `layers` as in `shrink`."""
-    return shrink(default_config(model_type, **_SHORT.get(model_type, {})), layers=layers)
+    """The default config of `model_type`, or the config of a variant, short and shrunk. `layers` as in `shrink`."""
+    model_type, said = VARIANTS.get(model_type, (model_type, _SHORT.get(model_type, {})))
+    return shrink(default_config(model_type, **said), layers=layers)
 
 
 def _is_model(part: type[PreTrainedConfig]) -> bool:

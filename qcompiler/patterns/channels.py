@@ -23,14 +23,9 @@ from qcompiler.patterns.vocabulary import LAYOUT, MATMUL, SDPA
 
 _READERS = (LeafKind.LINEAR, LeafKind.BARE_LINEAR)
 CASTS = ("aten.to", "aten._to_copy", "aten.type_as")
-_VIEWS = ("aten.view", "aten._unsafe_view")
+_VIEWS = ("aten.view", "aten._unsafe_view", "aten.view_as")
 _PADS = ("aten.pad", "aten.constant_pad_nd")
-_MOVES = (LAYOUT - {*CASTS, *_VIEWS, *_PADS, "aten.index", "aten.index_select"}) | {
-    "aten.reshape_as",
-    "aten.view_as",
-    "aten.alias",
-    "aten.detach",
-}
+_MOVES = (LAYOUT - {*CASTS, *_VIEWS, *_PADS, "aten.index", "aten.index_select"}) | {"aten.alias", "aten.detach"}
 _SHAPE_ONLY = frozenset(
     f"aten.{name}" for like in ("zeros", "ones", "full", "empty") for name in (f"{like}_like", f"new_{like}")
 ) | {"aten.sym_size", "aten.sym_numel"}

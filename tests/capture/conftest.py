@@ -12,9 +12,10 @@ from qcompiler.capture.twin import build_twin
 from qcompiler.errors import CaptureError
 from qcompiler.ir.graph import Graph
 from tests.capture.models import captured
-from tests.zoo import causal_lm_classes, left_out, tiny_config
+from tests.zoo import VARIANTS, causal_lm_classes, left_out, tiny_config
 
 DECODERS = [model_type for model_type, _ in causal_lm_classes() if left_out(model_type) is None]
+MEMBERS = [*DECODERS, *VARIANTS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def capture_member(model_type: str) -> Member:
     return Member(model_type, twin, graph, None)
 
 
-@pytest.fixture(scope="session", params=DECODERS)
+@pytest.fixture(scope="session", params=MEMBERS)
 def member(request: pytest.FixtureRequest) -> Member:
-    """Every decoder of the zoo in turn; pytest runs all tests of one before it goes to the next."""
+    """Every decoder of the zoo and every variant in turn; pytest runs all tests of one before it goes to the next."""
     return capture_member(request.param)

@@ -14,7 +14,7 @@ from qcompiler.ir.graph import Graph
 from qcompiler.patterns.language import NearMiss
 from qcompiler.patterns.rescaling import RescaleSite, rescale_sites
 from qcompiler.transforms.fold import fold
-from tests.capture.conftest import DECODERS, Member
+from tests.capture.conftest import MEMBERS, Member
 from tests.renaming import renamed
 
 Sites = tuple[tuple[RescaleSite, ...], tuple[NearMiss, ...]]
@@ -84,6 +84,15 @@ EXPECTED: dict[str, tuple[set[str], ...]] = {
         },
     ),
     "falcon": ({"input_layernorm -> query_key_value dense_h_to_4h", "query_key_value => dense"},),
+    "falcon-40b": ({"ln_attn -> query_key_value", "query_key_value => dense", "ln_mlp -> dense_h_to_4h"},),
+    "falcon-11b": ({"input_layernorm -> query_key_value dense_h_to_4h", "query_key_value => dense"},),
+    "falcon-rw-1b": (
+        {
+            "input_layernorm -> query_key_value",
+            "query_key_value -> dense",
+            "post_attention_layernorm -> dense_h_to_4h",
+        },
+    ),
     "dbrx": ({"norm_1 -> Wqkv"},),  # queries, keys and values are clamped
     "gpt2": (),
 }
@@ -115,7 +124,7 @@ def test_layers_of_known_families_have_their_sites(member: Member, sites: Sites)
 
 
 def test_known_families_are_in_the_zoo() -> None:
-    assert set(EXPECTED) <= set(DECODERS)
+    assert set(EXPECTED) <= set(MEMBERS)
 
 
 def test_every_linear_is_rescaled_or_says_why_not(member: Member, sites: Sites) -> None:

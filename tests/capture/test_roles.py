@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from qcompiler.capture import capture_graph
 from qcompiler.ir.annotations import LeafKind, Role, Structure, need
 from qcompiler.ir.graph import Graph
-from tests.capture.models import captured
-from tests.zoo import FAMILIES
+from tests.capture.models import captured, on_meta
+from tests.zoo import FAMILIES, VARIANTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,15 @@ def routed(layer: Layer, router: str = "gate") -> Layer:
     return replace(layer, router=router, experts="experts")
 
 
+FALCON = Layer(
+    attention_input="query_key_value",
+    attention_output="dense",
+    mlp_input="dense_h_to_4h",
+    mlp_output="dense_4h_to_h",
+    inputs=("query_key_value dense_h_to_4h",),
+    fused=(),
+)
+
 EXPECTED: dict[str, tuple[Layer, ...]] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (SPLIT,)),
     **dict.fromkeys(("mistral", "granite", "olmo2", "smollm3"), (SPLIT,)),
@@ -67,16 +77,8 @@ EXPECTED: dict[str, tuple[Layer, ...]] = {
             fused=("q_proj k_proj v_proj",),
         ),
     ),
-    "falcon": (
-        Layer(
-            attention_input="query_key_value",
-            attention_output="dense",
-            mlp_input="dense_h_to_4h",
-            mlp_output="dense_4h_to_h",
-            inputs=("query_key_value dense_h_to_4h",),
-            fused=(),
-        ),
-    ),
+    **dict.fromkeys(("falcon", "falcon-11b"), (FALCON,)),
+    **dict.fromkeys(("falcon-40b", "falcon-rw-1b"), (replace(FALCON, inputs=()),)),  # a norm each
     "phi3": (Layer(attention_input="qkv_proj", mlp_input="gate_up_proj", inputs=(), fused=()),),
     "gpt2": (
         Layer(
@@ -126,7 +128,7 @@ def found(graph: Graph) -> list[Layer]:
     return list(dict.fromkeys(layer(index) for index in sorted(by_structure)))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [*FAMILIES, *VARIANTS])
 def test_layers_of_a_family(model_type: str) -> None:
     assert found(captured(model_type)) == list(EXPECTED[model_type])
 
@@ -150,6 +152,12 @@ def test_fused_linears_read_one_tensor_and_stand_in_one_place(model_type: str) -
         if role.fusion_group:
             members[role.fusion_group].add((role.structure, role.input_group, role.layer))
     assert all(len(group) == 1 for group in members.values())
+
+
+@pytest.mark.parametrize("heads", [1, 4], ids=["one", "as many as of queries"])
+def test_falcons_new_layout_is_found_with_any_number_of_value_heads(heads: int) -> None:
+    model = on_meta("falcon-40b", num_kv_heads=heads)
+    assert found(capture_graph(model)) == [replace(FALCON, inputs=())]
 
 
 def roles_of(model_type: str, name: str) -> list[Role]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from qcompiler.ir.annotations import LeafKind
+from qcompiler.ir.annotations import LeafKind, Role, Structure, need
 from qcompiler.ir.graph import Graph
 from qcompiler.patterns.rescaling import RescaleSite, rescale_sites
 from tests.patterns.drawing import ATEN, BATCH, TOKENS, Drawing
@@ -51,15 +51,52 @@ def mixed(d: Drawing, q: fx.Node, k: fx.Node, v: fx.Node, **kwargs: object) -> f
     return d.op(ATEN.reshape.default, d.op(ATEN.transpose.int, out, 1, 2), [BATCH, TOKENS, -1])
 
 
-@pytest.mark.parametrize("way", ["expand", "repeat_interleave", "enable_gqa"])
+def moved(d: Drawing, x: fx.Node, way: str) -> fx.Node:
+    """Heads [B, 2, T, 4] of features [B, T, 8], by one of many operations that move elements about."""
+    split = d.op(ATEN.view.default, x, [BATCH, TOKENS, 2, 4])
+    if way in ("movedim", "moveaxis"):
+        return d.op(getattr(ATEN, way).int, split, 2, 1)
+    if way in ("swapaxes", "swapdims"):
+        return d.op(getattr(ATEN, way).default, split, 1, 2)
+    if way == "narrow":
+        split = d.op(ATEN.narrow.default, split, -1, 0, 4)
+    elif way in ("view_as", "reshape_as"):
+        split = d.op(getattr(ATEN, way).default, x, split)
+    elif way == "tensor_split":
+        split = d.op(operator.getitem, d.op(ATEN.tensor_split.sections, split, 1, -1), 0)
+    elif way == "concatenate":
+        split = d.op(ATEN.concatenate.default, [d.op(ATEN.slice.Tensor, split, 2, i, i + 1) for i in range(2)], 2)
+    return d.op(ATEN.transpose.int, split, 1, 2)
+
+
+WAYS = ("movedim", "moveaxis", "swapaxes", "swapdims", "narrow", "view_as", "reshape_as", "tensor_split", "concatenate")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_are_found_by_whatever_operation_they_are_moved(way: str) -> None:
+    d = Drawing()
+    q, k, v = (d.linear(name, d.x) for name in "qkv")
+    out = d.linear("o", mixed(d, *(moved(d, node, way) for node in (q, k, v))))
+    site = site_of(d.done(out), out)
+    assert (site.producer, site.channels.tolist()) == (v, list(range(8)))
+    assert {need(node, Role).structure for node in (q, k, v)} == {Structure.ATTENTION_INPUT}
+
+
+@pytest.mark.parametrize("way", ["expand", "broadcast_to", "tile", "repeat_interleave", "enable_gqa"])
 def test_queries_of_a_group_share_the_channels_of_their_values(way: str) -> None:
     d = Drawing()
     q, k, v = (heads(d, d.linear(n, d.x, 2 * count), count) for n, count in (("q", 4), ("k", 2), ("v", 2)))
-    if way == "expand":
+    if way in ("expand", "broadcast_to", "tile"):
+        wider = {
+            "expand": (ATEN.expand.default, [BATCH, 2, 2, TOKENS, 2]),
+            "broadcast_to": (ATEN.broadcast_to.default, [BATCH, 2, 2, TOKENS, 2]),
+            "tile": (ATEN.tile.default, [1, 1, 2, 1, 1]),
+        }
+        operation, sizes = wider[way]
         k, v = (
             d.op(
                 ATEN.reshape.default,
-                d.op(ATEN.expand.default, d.op(ATEN.unsqueeze.default, t, 2), [BATCH, 2, 2, TOKENS, 2]),
+                d.op(operation, d.op(ATEN.unsqueeze.default, t, 2), sizes),
                 [BATCH, 4, TOKENS, 2],
             )
             for t in (k, v)
