@@ -91,7 +91,7 @@ def _torn(observer: AnyObserver, places: str) -> tuple[str, str]:
         what = f"static scale of its {observer.purpose}"
         mend = "use a scheme whose activations are dynamic, or ignore this layer"
         if observer.purpose != "input":
-            mend = "remove kv_cache from assign"
+            mend = "take out kv_cache (kv_cache_scheme in a recipe)"
     first, *others = observer.consumers
     who = f"{first} runs" if not others else f"{first} and {len(others)} more that share an input with it run"
     return (

@@ -7,20 +7,21 @@ from typing import Literal
 
 from qcompiler.errors import LegalityError
 from qcompiler.ir.annotations import Leaf, Role, Scope, need
-from qcompiler.ir.fx import Node, is_op, tensor_arg, value
+from qcompiler.ir.fx import Node, getitem, is_op, tensor_arg, value
 from qcompiler.ir.graph import Graph
 from qcompiler.patterns.language import Match, Walk
 from qcompiler.patterns.nearest import nearest
 from qcompiler.patterns.transformer import ATTENTIONS, FUSED_ATTENTION, LINEAR, NORM
 from qcompiler.patterns.vocabulary import LAYOUT
 
-MEND = "remove kv_cache from assign"
+MEND = "take out kv_cache (kv_cache_scheme in a recipe)"
 _LATENT = Walk(
     "latent", "back", start="value", operand=0, through=LAYOUT | {"aten.mul"}, through_leaves=NORM, to=LINEAR, many=True
 )
 """From a linear that makes values back to one that makes a latent: what it reads, at most normalized and scaled."""
 
-_REPEATS = ("aten.reshape", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.repeat_interleave")
+_REPEATS = ("aten.reshape", "aten.expand", "aten.unsqueeze", "aten.clone", "aten.repeat", "aten.repeat_interleave")
+_PARTS = "aten.chunk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,14 @@ class Cached:
 
 
 def cached_tensors(graph: Graph) -> list[Cached]:
-    """Keys and values of every attention, in the order in which they run.
+    """Keys and values of every attention, in the order in which they run; once each, where a module attends twice.
 
     Of an attention that is written out, the keys are what the scores' product has on its right, transposed: its columns
     are what the softmax runs over. Raises `LegalityError` where there is none, where one is not understood, and where
     its keys or values have no heads of their own, or are made of a latent. That the model caches what is found is for
     `qcompiler.capture.cache` to prove.
     """
-    found = [cached for node in graph.nodes for cached in _cached_at(node)]
+    found = list(dict.fromkeys(cached for node in graph.nodes for cached in _cached_at(node)))
     # Eager attention is no operation of its own: many a product is none, and no miss.
     if not found or FUSED_ATTENTION.near_misses(graph):
         raise LegalityError(
@@ -100,7 +101,17 @@ def _keys(scores: Node) -> Node | None:
 
 
 def _before_repeat(attention: Node, node: Node | None) -> Node:
-    while node is not None and is_op(node, *_REPEATS):
+    while node is not None and (is_op(node, *_REPEATS) or _is_repeated_part(node)):
         node = tensor_arg(node, 0)
+        if node is not None and is_op(node, _PARTS):
+            node = tensor_arg(node, 0)
     assert node is not None, f"%{attention.name} attends to something that is no tensor"
     return node
+
+
+def _is_repeated_part(node: Node) -> bool:
+    """Whether a node is some of a tensor's heads, all of which are only repeated, as differential attention does."""
+    parts = tensor_arg(node, 0) if getitem(node) is not None else None
+    if parts is None or not is_op(parts, _PARTS) or parts.args[2:] != (1,):
+        return False
+    return all(is_op(reader, *_REPEATS) for part in parts.users for reader in part.users)

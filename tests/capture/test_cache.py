@@ -22,7 +22,6 @@ REFUSED = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("glm_moe_dsa", "hy_v4", "longcat_flash", "minicpm3", "youtu"), LATENT),
     "deepseek_v4": r"something else than the key of \S*: \[3, 1, 13, 32\] enters it and \[3, 1, 16, 32\] is read",
-    "diffllama": "puts 4 tensors into it where its attention reads 6",  # twice the keys, each time half of the values
     "gpt_neox_japanese": r"is not \[batch, heads, tokens, features\]",
     "jetmoe": "no attention whose keys and values are found",  # its queries come out of experts
     "openai-gpt": "its right side is no transposition of keys",
@@ -39,7 +38,7 @@ def test_what_enters_the_cache_is_found_or_refused_for_its_reason(member: Member
         return
     with pytest.raises(LegalityError, match=expected) as error:
         compare_cached(member.captured, member.twin)
-    assert error.value.hint == "remove kv_cache from assign"
+    assert error.value.hint == "take out kv_cache (kv_cache_scheme in a recipe)"
 
 
 def test_families_that_are_refused_are_in_the_zoo() -> None:

@@ -224,7 +224,11 @@ def test_statistics_that_meet_in_one_module_are_the_first() -> None:
             "L_module.layers.0.mlp.down_proj runs in several partitions (",
             "use a scheme whose activations are dynamic",
         ),
-        ({"kv_cache": {}}, "L_module.layers.0.self_attn runs in several partitions (", "remove kv_cache from assign"),
+        (
+            {"kv_cache": {}},
+            "L_module.layers.0.self_attn runs in several partitions (",
+            "take out kv_cache (kv_cache_scheme in a recipe)",
+        ),
     ],
     ids=["input", "cache"],
 )
@@ -304,18 +308,18 @@ def test_an_attention_that_is_not_understood_is_refused_with_what_is_in_the_way(
         error.value.message
     )
     assert error.value.message.endswith(", in model.layers.0.self_attn")
-    assert error.value.hint == "remove kv_cache from assign"
+    assert error.value.hint == "take out kv_cache (kv_cache_scheme in a recipe)"
 
 
 def test_a_cache_that_holds_latents_is_refused() -> None:
     with pytest.raises(LegalityError, match=r"kv_b_proj makes the values of \S+self_attn of a latent") as error:
         run("deepseek_v3", assign(kv_cache={}), "insert-observers")
-    assert error.value.hint == "remove kv_cache from assign"
+    assert error.value.hint == "take out kv_cache (kv_cache_scheme in a recipe)"
 
 
 def test_a_cache_that_holds_something_else_than_attention_reads_is_refused() -> None:
-    with pytest.raises(LegalityError, match=r"DiffLlamaForCausalLM puts 4 tensors into it where its attention reads 6"):
-        run("diffllama", assign(kv_cache={}), "insert-observers")
+    with pytest.raises(LegalityError, match=r"XLMWithLMHeadModel puts 0 tensors into it where its attention reads 4"):
+        run("xlm", assign(kv_cache={}), "insert-observers")
 
 
 # --- by structure, and without a change -------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_a_cache_that_transformers_does_not_round_is_refused(tmp_path: Path) -> 
     source = save_tiny(tmp_path / "source", "bloom")
     with pytest.raises(LegalityError, match=r"unexpected_keys: \['\S*h.0.self_attention.k_scale'") as error:
         compiled(source, tmp_path / "output", rule(MLP, INT8))
-    assert "remove kv_cache from assign" in str(error.value.hint)
+    assert "take out kv_cache (kv_cache_scheme in a recipe)" in str(error.value.hint)
 
 
 def test_the_tolerance_of_a_rounded_cache_is_said(source: Path, tmp_path: Path) -> None:
