@@ -18,7 +18,8 @@ from qcompiler.numerics import QuadraticForm, QuantizedTensor, difference
 from qcompiler.runtime.hessian import HessianStatistic
 from qcompiler.runtime.parallel import Workers, in_parallel
 from qcompiler.solvers.columns import Rows, scripted
-from qcompiler.solvers.gptq import Factored, Outcome, factor, gptq, stacked
+from qcompiler.solvers.factor import Factored, factor
+from qcompiler.solvers.gptq import Outcome, gptq, stacked
 from qcompiler.solvers.options import GptqOptions
 
 _ELEMENTS = 4 * 2**20

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +20,7 @@ from qcompiler.numerics import QuantizedTensor
 from qcompiler.numerics.elements import code_range, round_to_codes, round_to_values
 from qcompiler.numerics.scales import scale_value
 from qcompiler.scheme import Strategy
-
-if TYPE_CHECKING:
-    from qcompiler.solvers.gptq import Factored
+from qcompiler.solvers.factor import Factored
 
 _INNER = 32
 _ALIGNED = 16  # floats of the widest vector: a BLAS sums the rows that fill none in another order

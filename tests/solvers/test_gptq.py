@@ -19,7 +19,8 @@ from qcompiler.solvers import columns as loop
 from qcompiler.solvers import gptq as solver
 from qcompiler.solvers.cholesky import cholesky_, reorder_, reverse_
 from qcompiler.solvers.columns import Rows
-from qcompiler.solvers.gptq import Outcome, factor
+from qcompiler.solvers.factor import factor
+from qcompiler.solvers.gptq import Outcome
 from qcompiler.solvers.options import GptqOptions
 
 INT4 = PRESETS["W4A16"].weights.model_copy(update={"group_size": 16})
