@@ -14,6 +14,8 @@ from qcompiler.scheme import Format, Strategy
 from qcompiler.tensors import Spec
 
 FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
+"""Dtypes of zero points."""
 AGAIN = "write the checkpoint again with the tool that made it"
 _BUT_TRANSFORMERS = ("vllm", "sglang")
 _SIZES = frozenset({torch.int64, torch.int32})
@@ -43,7 +45,7 @@ def _same_dtype(part: str, found: torch.dtype, wanted: torch.dtype) -> bool:
     if part == "weight_shape":
         return found in _SIZES
     if part == "input_zero_point":
-        return found in (torch.int8, torch.int16, *_SIZES)
+        return found in INTEGERS
     scales = FLOATS | {torch.float8_e4m3fn} if part == "weight_scale" else FLOATS
     return found == wanted or (wanted in scales and found in FLOATS)
 
@@ -63,8 +65,10 @@ def of_format(name: str, group: Group, other: Format) -> Finding:
     return Finding.of("format-disagrees", name, loaders, message, mend)
 
 
-def told(linear: Linear, group: Group, difference: Difference, sizes: tuple[int, int]) -> Finding:
-    """One difference, with its cause where it is known. sizes: outputs and inputs of the weight."""
+def told(linear: Linear, group: Group, difference: Difference, sizes: tuple[int, int], *, shifted: bool) -> Finding:
+    """One difference, with its cause where it is known. sizes: outputs and inputs of the weight. shifted: whether zero
+    points that a symmetric group does not have mean something.
+    """
     name, (rows, columns) = linear.name, sizes
     part, found, wanted = difference.part, difference.found, difference.wanted
     scheme = group.scheme
@@ -74,7 +78,7 @@ def told(linear: Linear, group: Group, difference: Difference, sizes: tuple[int,
         message = f"{part} {spec(*wanted)} is missing: {scheme.short} in {group.format} has it"
         return Finding.of("tensor-missing", name, missed, message, AGAIN)
     if wanted is None:
-        return _unexpected(name, group, part, found)
+        return _unexpected(name, group, part, found, shifted=shifted)
     message = f"{part} is {spec(found.dtype, found.shape)}, loaders expect {spec(*wanted)}"
     if not _same_dtype(part, found.dtype, wanted[0]):
         # vLLM casts as it copies, which loses nothing where the integers are wider. Transformers casts floats alone.
@@ -134,12 +138,13 @@ def _resized(group: Group, difference: Difference, columns: int) -> str | None:
     return None
 
 
-def _unexpected(name: str, group: Group, part: str, found: TensorMeta) -> Finding:
+def _unexpected(name: str, group: Group, part: str, found: TensorMeta, *, shifted: bool) -> Finding:
     what = f"{part} {spec(found.dtype, found.shape)}"
     loaders = ("vllm", "sglang")
     if part == "weight_zero_point":
         message = f"{what}, and {group.scheme.short} is symmetric: vLLM has no parameter for it and raises"
-        return Finding.of("zero-point-unexpected", name, loaders, message, "remove it, or write symmetric: false")
+        mend = "write symmetric: false" if shifted else "remove it, or write symmetric: false"
+        return Finding.of("zero-point-unexpected", name, loaders, message, mend)
     if part == "weight_g_idx":
         message = f"{what}: loaders no longer read an order of activations: vLLM raises, Transformers permutes nothing"
         return Finding.of("order-tensor", name, ALL, message, 'quantize again with actorder "static" or null')

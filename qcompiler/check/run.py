@@ -67,7 +67,7 @@ def _findings(
     if linears.guessed is not None:
         message = f"linears are guessed from tensor names, and dense ones may be missed or misjudged: {linears.guessed}"
         yield Finding.of("not-captured", MODEL, (), message, linears.mend)
-    stored = Stored(opened, config, linears)
+    stored = Stored(opened, config, linears, values)
     verdicts = resolve(config, linears, frozenset(n for n in opened.parts if opened.is_quantized(n)))
     comparison = Comparison(config, linears.linears, verdicts, stored.fits)
     yield from comparison.findings()

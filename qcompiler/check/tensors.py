@@ -14,6 +14,7 @@ from qcompiler.check.differences import AGAIN, FLOATS, Difference, alike, dtype_
 from qcompiler.check.findings import ALL, MODEL, Finding
 from qcompiler.check.linears import Linear, Linears, stored_shape
 from qcompiler.check.loaders import Meaning
+from qcompiler.check.values import Values
 from qcompiler.checkpoints.header import TensorMeta
 from qcompiler.checkpoints.quantized import is_dense
 from qcompiler.emit.sites import EXPERT_NAME
@@ -29,8 +30,8 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 class Stored:
     """The tensors of linears, and what is wrong with them."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, linears: Linears) -> None:
-        self._checkpoint, self._config, self._linears = checkpoint, config, linears
+    def __init__(self, checkpoint: Checkpoint, config: Config, linears: Linears, values: Values) -> None:
+        self._checkpoint, self._config, self._linears, self._values = checkpoint, config, linears, values
         self._missing = frozenset(linears.missing)
         self._blocks = {match["block"] for module in checkpoint.parts if (match := EXPERT_NAME.fullmatch(module))}
 
@@ -92,9 +93,9 @@ class Stored:
                 group, stored = owner
                 message = f"the config says {meaning.scheme.short}, its tensors are those of {group} ({stored})"
                 yield Finding.of("group-disagrees", name, ALL, message, f"move it to the targets of {group}")
-            else:
-                sizes = self._sizes(linear)
-                yield from (told(linear, meaning, difference, sizes) for difference in differences)
+            elif differences:
+                sizes, shifted = self._sizes(linear), self._values.shifted(linear, meaning)
+                yield from (told(linear, meaning, each, sizes, shifted=shifted) for each in differences)
             scalars = [part for part in ("weight_global_scale", "input_global_scale") if is_scalar(parts.get(part))]
             if scalars and self._linears.dtype is not torch.float32:
                 dtype = dtype_name(self._linears.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcompiler.check.checkpoint import Checkpoint
 from qcompiler.check.config import Group
+from qcompiler.check.differences import FLOATS, INTEGERS, dtype_name
 from qcompiler.check.findings import ALL, Finding
 from qcompiler.check.linears import Linear, Linears
 from qcompiler.check.loaders import Meaning, Verdicts
@@ -20,8 +21,6 @@ from qcompiler.scheme import QuantSpec
 
 _SCALES = ("weight_scale", "weight_global_scale", "input_global_scale", "input_scale")
 _DIVISORS = (*_SCALES[1:], "cache_scale")
-_WIDE = (torch.bfloat16, torch.float16, torch.float32)
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST = 464  # that E4M3 rounds to its own largest number, 448
 _NAN_EXPONENT = 255  # of E8M0
 _PLACES = 8  # where two tensors are compared
@@ -162,7 +161,7 @@ class Values:
         for part, spec in specs:
             meta = parts.get(part)
             packed = part == "weight_zero_point" and meta is not None and meta.dtype != torch.int8
-            if meta is None or spec is None or meta.dtype not in _INTEGERS or packed:
+            if meta is None or spec is None or meta.dtype not in INTEGERS or packed:
                 continue  # packed ones cannot leave their range
             low, high = -(1 << (spec.bits - 1)), (1 << (spec.bits - 1)) - 1
             wrong = sum(int(((v < low) | (v > high)).sum()) for v in self._checkpoint.chunks(meta))
@@ -177,24 +176,27 @@ class Values:
         parts, scheme = self._checkpoint.parts.get(linear.name, {}), group.scheme
         weights, inputs = parts.get("weight_zero_point"), parts.get("input_zero_point")
         does = "are not those of symmetric numbers, which the config says these are: Transformers drops them, and"
-        if (
-            weights is not None
-            and scheme.weights.symmetric
-            and weights.dtype in _INTEGERS
-            and self._means(weights, scheme.weights, linear)
-        ):
+        if weights is not None and weights.dtype in INTEGERS and self.shifted(linear, group):
             message = f"zero points {does} reads other weights"
             yield Finding.of("zero-point-unexpected", linear.name, ("transformers",), message, "write symmetric: false")
         symmetric = scheme.input_activations is not None and scheme.input_activations.symmetric
-        if inputs is not None and symmetric and inputs.dtype in _INTEGERS and self._any(inputs):
+        if inputs is not None and symmetric and inputs.dtype in INTEGERS and self._any(inputs):
             message = f"input_zero_point: zero points {does} rounds other activations"
             mend = "write symmetric: false into its input_activations"
             yield Finding.of("tensor-unexpected", linear.name, ("transformers",), message, mend)
 
-    def _means(self, meta: TensorMeta, spec: QuantSpec, linear: Linear) -> bool:
-        """Whether zero points of symmetric weights are others than the middle of their range."""
-        if meta.dtype != torch.int32:
-            return self._any(meta)
+    def shifted(self, linear: Linear, group: Group) -> bool:
+        """Whether weights that a group calls symmetric have zero points that are not the middle of their range, or may
+        not be: zero points of a shape or dtype that no loader knows are not read.
+        """
+        parts, spec = self._checkpoint.parts.get(linear.name, {}), group.scheme.weights
+        meta = parts.get("weight_zero_point")
+        if meta is None or not spec.symmetric:
+            return False
+        if meta.dtype not in INTEGERS:
+            return True
+        if meta.dtype != torch.int32 or spec.type != "int" or "weight_packed" not in parts:
+            return self._any(meta)  # pack-quantized alone packs them
         rows, columns = linear.path.out_features, linear.path.in_features
         # Of another shape, they are an error whatever they mean, and may take forever.
         if len(meta.shape) != 2 or packed_words(rows, spec.bits) != meta.shape[0] or not 0 < meta.shape[1] <= columns:
@@ -208,15 +210,13 @@ class Values:
     def _rounded(self, linear: Linear, group: Group) -> Iterator[Finding]:
         """NVFP4 scales of a wider dtype, which every loader rounds to FP8."""
         meta = self._checkpoint.parts.get(linear.name, {}).get("weight_scale")
-        if not group.scheme.weights.is_nvfp4 or meta is None or meta.dtype not in _WIDE:
+        if not group.scheme.weights.is_nvfp4 or meta is None or meta.dtype not in FLOATS:
             return
         if math.prod(meta.shape) > linear.path.out_features * linear.path.in_features:
             return  # an error by its shape
         large = sum(int((values.float() > _LARGEST).sum()) for values in self._checkpoint.chunks(meta))
         if large:
-            message = (
-                f"weight_scale is {str(meta.dtype).removeprefix('torch.')}, and {large} values are beyond FP8's range"
-            )
+            message = f"weight_scale is {dtype_name(meta.dtype)}, and {large} values are beyond FP8's range"
             yield Finding.of("tensor-dtype", linear.name, ALL, f"{message}: loaders read it as FP8", _MEND)
 
     def _shape(self, linear: Linear) -> Iterator[Finding]:

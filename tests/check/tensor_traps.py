@@ -25,6 +25,12 @@ def zero_points_that_mean_something_of_a_symmetric_layer(edited: Edited) -> None
     edited.change(f"{DOWN}.weight_zero_point", lambda words: words + 1)
 
 
+@trap("channel", "zero-point-unexpected", DOWN, ("vllm", "sglang"))
+def zero_points_of_words_that_no_format_packs(edited: Edited) -> None:
+    zeros = torch.zeros_like(edited.tensors[f"{DOWN}.weight_scale"], dtype=torch.int32)
+    edited.tensors[f"{DOWN}.weight_zero_point"] = zeros
+
+
 @trap("mixed", "tensor-unexpected", DOWN)
 def an_activation_zero_point_that_means_something_of_symmetric_activations(edited: Edited) -> None:
     edited.tensors[f"{DOWN}.input_zero_point"] = torch.tensor([3], dtype=torch.int8)
