@@ -117,7 +117,10 @@ def _validated(name: str, group: Any) -> tuple[dict[str, Any], list[Finding]]:
         # Transformers leaves its weights dense; with a format, it compresses them first, where activations ask for it.
         acts = isinstance(group, Mapping) and group.get("input_activations") and group.get("format")
         fails = ALL if acts and group["format"] != Format.DENSE else ("vllm", "sglang")
-        found.append(_refused(f"group {name} has no weights: vLLM raises ValidationError", *fails))
+        too = ", Transformers AttributeError" if "transformers" in fails else ""
+        message = f"group {name} has no weights: vLLM raises ValidationError{too}"
+        mend = f"give group {name} its weights, or remove it and add its targets to ignore"
+        found.append(Finding.of("group-invalid", MODEL, fails, message, mend))
     try:
         scheme = QuantizationConfig.model_validate({"config_groups": {name: group}}).config_groups[name]
     except ValidationError as error:
@@ -166,14 +169,15 @@ def _unread(name: str, written: Mapping[str, Any], why: str) -> Finding:
     """A group that this package has no scheme for: does any loader have one?"""
     weights = written.get("weights") or {}
     type_, bits, size = weights.get("type"), weights.get("num_bits", 8), weights.get("group_size")
+    four = (weights.get("strategy"), size) in ((Strategy.TENSOR_GROUP, 16), (Strategy.GROUP, 32))
     if type_ == "float":
-        grouped = (weights.get("strategy"), size)
-        four = bits == 4 and grouped in ((Strategy.TENSOR_GROUP, 16), (Strategy.GROUP, 32))
-        known = weights.get("symmetric") and (bits == 8 or four)
+        known = weights.get("symmetric") and (bits == 8 or (bits == 4 and four))
     else:
         known = bits in range(2, 9) and weights.get("strategy") != Strategy.TENSOR_GROUP
     if not weights or known:
         return _not_judged(f"group {name}", why)
+    if type_ == "float" and bits == 4 and not four:
+        why = "weights: 4-bit floats have groups of 16 (NVFP4, strategy tensor_group) or of 32 (MXFP4, strategy group)"
     format = written.get("format") or (Format.NAIVE_QUANTIZED if size not in (16, 32) else None)
     eight = type_ == "float" and bits != 8 and format in (*_UNPACKED, Format.MXFP8)
     packed = type_ == "int" and bits > 8 and format == Format.PACK_QUANTIZED
@@ -230,14 +234,6 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             "compressed-tensors compatible scheme was found)",
             f"store it as {scheme.format}",
         )
-    elif group.format is (Format.FLOAT_QUANTIZED if scheme.weights.type == "int" else Format.INT_QUANTIZED):
-        yield Finding.of(
-            "format-untidy",
-            MODEL,
-            (),
-            f"group {name} is {scheme.short} in format {group.format}: loaders go by the type",
-            f'write "format": "{scheme.format}" into the group',
-        )
     args = {part: written.get(part) or {} for part in ("weights", "input_activations")}
     if scheme.weights.is_nvfp4 and any(args[part] and not args[part].get("scale_dtype") for part in args):
         yield Finding.of(
@@ -248,6 +244,15 @@ def _formats(name: str, written: Mapping[str, Any], group: Group, quantization: 
             "vLLM rounds them to FP8",
             'write "scale_dtype": "torch.float8_e4m3fn" into weights and input_activations',
         )
+
+
+def of_other_type(name: str, group: Group) -> Iterator[Finding]:
+    """A format for the other type of numbers, where the codes are of the type that the group says."""
+    other = Format.FLOAT_QUANTIZED if group.scheme.weights.type == "int" else Format.INT_QUANTIZED
+    if group.format is other and _vllm_takes(group):
+        message = f"group {name} is {group.scheme.short} in format {other}: loaders go by the type"
+        mend = f'write "format": "{group.scheme.format}" into the group'
+        yield Finding.of("format-untidy", MODEL, (), message, mend)
 
 
 def _vllm_takes(group: Group) -> bool:

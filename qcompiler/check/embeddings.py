@@ -83,7 +83,7 @@ class Embeddings:
                     ("transformers",),
                     "this embedding is packed: Transformers looks for its weight as it builds the model, and raises "
                     "AttributeError",
-                    "store it dense, or as 8-bit codes that are not packed",
+                    "store it dense: packed, it serves vLLM alone",
                 )
             meaning = next((meanings[loader] for loader in ALL if meanings[loader] is not None), None)
             if meaning is not None:

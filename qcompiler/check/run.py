@@ -78,7 +78,8 @@ def _findings(
     yield from repeated(config)
     for linear in linears.linears:
         meaning = _meaning(linear, verdicts, stored, comparison)
-        yield from stored.findings(linear, meaning)
+        takers = (verdict.resolution.group for verdict in verdicts[linear.name] if verdict.meaning is None)
+        yield from stored.findings(linear, meaning, next((name for name in takers if name is not None), None))
         if opened.is_quantized(linear.name):
             yield from values.findings(linear, meaning)
     embeddings = Embeddings(config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qcompiler.check.checkpoint import Checkpoint
-from qcompiler.check.config import Config, Group
+from qcompiler.check.config import Config, Group, of_other_type
 from qcompiler.check.differences import AGAIN, FLOATS, Difference, alike, dtype_name, is_scalar, of_format, spec, told
 from qcompiler.check.findings import ALL, MODEL, Finding
 from qcompiler.check.linears import Linear, Linears, stored_shape
@@ -32,6 +32,10 @@ class Stored:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, linears: Linears, values: Values) -> None:
         self._checkpoint, self._config, self._linears, self._values = checkpoint, config, linears, values
+        self._of_other_type: dict[Group, list[Finding]] = {}
+        for name, group in config.groups.items():
+            if group is not None:
+                self._of_other_type.setdefault(group, []).extend(of_other_type(name, group))
         self._missing = frozenset(linears.missing)
         self._blocks = {match["block"] for module in checkpoint.parts if (match := EXPERT_NAME.fullmatch(module))}
 
@@ -52,8 +56,10 @@ class Stored:
         wanted = self._wanted(linear, meaning, meaning.format)
         return wanted is not None and not self._differences(linear, wanted)
 
-    def findings(self, linear: Linear, meaning: Meaning) -> Iterator[Finding]:
-        """What is wrong with a linear's tensors under what loaders take it for."""
+    def findings(self, linear: Linear, meaning: Meaning, empty: str | None = None) -> Iterator[Finding]:
+        """What is wrong with a linear's tensors under what loaders take it for. empty: the name of the group without
+        weights that takes it, if one does.
+        """
         parts, name = self._checkpoint.parts.get(linear.name, {}), linear.name
         if self._checkpoint.is_quantized(name) and f"{linear.path.name}.weight" in self._linears.ties:
             message = (
@@ -64,7 +70,7 @@ class Stored:
         if isinstance(meaning, str):
             yield from self._unjudged(linear, self._config.raw["config_groups"][meaning].get("weights") or {})
         elif meaning is None:
-            yield from self._dense(linear, parts)
+            yield from self._dense(linear, parts, empty)
         elif not self._checkpoint.is_quantized(name) and not self._has_codes(parts):
             merged = linear.path.kind == "experts" and linear.path.expert_block not in self._blocks
             if "weight" in parts or merged:
@@ -86,6 +92,8 @@ class Stored:
         else:
             wanted = self._wanted(linear, meaning, meaning.format)
             differences = [] if wanted is None else self._differences(linear, wanted)
+            if not any(difference.part == "weight" for difference in differences):
+                yield from self._of_other_type.get(meaning, ())
             other = self._other_format(linear, meaning) if differences else None
             if other is not None:
                 yield of_format(name, meaning, other)
@@ -177,18 +185,17 @@ class Stored:
             return shape[1:] == (1, 1) and (not isinstance(heads, int) or shape[0] == heads)
         return shape in ((), (1,))
 
-    def _dense(self, linear: Linear, parts: Mapping[str, TensorMeta]) -> Iterator[Finding]:
+    def _dense(self, linear: Linear, parts: Mapping[str, TensorMeta], empty: str | None) -> Iterator[Finding]:
         name = linear.name
         if f"{linear.path.name}.weight" in self._missing:
             yield Finding.of("tensor-missing", name, ALL, "no file holds its weight", AGAIN)
         if self._checkpoint.is_quantized(name):
-            yield Finding.of(
-                "stored-quantized",
-                name,
-                ALL,
-                "it is stored quantized, and no target takes it: loaders build a dense linear, and find no weight",
-                "add it to a target, or take it out of ignore",
-            )
+            why = "no target takes it: loaders build a dense linear, and find no weight"
+            mend = "add it to a target, or take it out of ignore"
+            if empty is not None:
+                why = f"group {empty} takes it and has no weights: loaders raise, or build a dense linear"
+                mend = f"give group {empty} its weights"
+            yield Finding.of("stored-quantized", name, ALL, f"it is stored quantized, and {why}", mend)
         elif "weight" in parts and not is_dense(parts["weight"].dtype):
             message = f"its weight is {dtype_name(parts['weight'].dtype)} without scales: codes are read as weights"
             yield Finding.of("tensor-dtype", name, ALL, message, AGAIN)
