@@ -44,8 +44,8 @@ def prove_cached(graph: Graph, *, trust_remote_code: bool = False) -> None:
 def compare_cached(graph: Graph, model: PreTrainedModel) -> None:
     """`prove_cached` for a graph and a model with weights that it is the graph of."""
     ids = some_tokens(model)
-    cache = _Recording(model.config)
     try:
+        cache = _Recording(model.config)
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:  # a model's own code

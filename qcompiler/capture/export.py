@@ -85,7 +85,8 @@ def export(model: PreTrainedModel, *, repeat: bool = True) -> Exported:
             raise
         raise CaptureError(
             f"{type(model).__name__} cannot be captured, and fails on sequences of one length too: {failure}",
-            hint="run it in Transformers: where that fails too, mend its config",
+            hint="run it in Transformers: where that fails too, mend its config; where not, its forward pass has "
+            "Python that looks at tensors' values, lengths or types, which qcompiler cannot trace",
         ) from error
 
 

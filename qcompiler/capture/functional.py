@@ -6,9 +6,12 @@ keep that. A walk over the graph would not see where such a tensor comes from, a
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,12 +20,20 @@ from qcompiler.errors import CaptureError
 from qcompiler.ir.annotations import Scope, need
 from qcompiler.ir.fx import Node, getitem, is_op, mutates, op_name, tensor_arg, value
 
-_SCATTER = {"aten.slice": torch.ops.aten.slice_scatter.default, "aten.select": torch.ops.aten.select_scatter.default}
+_SCATTER = {
+    "aten.slice": torch.ops.aten.slice_scatter.default,
+    "aten.select": torch.ops.aten.select_scatter.default,
+    "aten.diagonal": torch.ops.aten.diagonal_scatter.default,
+}
 _SAME = frozenset(f"aten.{name}" for name in ("alias", "contiguous", "detach", "dropout", "to", "type_as"))
-_SHAPED = frozenset(f"aten.{name}" for name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"))
-_CUTS = ("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind")
+_SHAPED = frozenset(
+    f"aten.{name}"
+    for name in ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+)
+_CUTS = ("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split", "aten.unbind")
 _UNKNOWN = (torch.ops.aten.as_strided.default, torch.ops.aten.view.dtype)
-_MOVED = frozenset({"aten.permute", "aten.transpose", "aten.t"})
+_OWN_INVERSE = frozenset({"aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims"})
+_MOVED = frozenset({"aten.permute", "aten.movedim", "aten.moveaxis"})
 
 
 def functionalize(graph: fx.Graph) -> None:
@@ -48,49 +59,86 @@ def functionalize(graph: fx.Graph) -> None:
 
 
 def refuse_writes(graph: fx.Graph, name: str) -> None:
-    """Raise `CaptureError` where a model of this name still writes in place.
+    """Raise `CaptureError` where a model of this name still writes in place, but to a buffer that nothing reads.
 
     Batches run through parts of a graph, some of them twice, and values wait between: a write would be left out, or
     done again.
     """
-    for node in graph.nodes:
-        if mutates(node):
-            calls = need(node, Scope).calls
-            where = f" in {calls[-1][1]}" if calls and calls[-1][1] else ""
-            raise CaptureError(
-                f"{name} cannot be captured: {op_name(node)}{where} writes into a parameter, a buffer or an input, or "
-                "through a view that has no inverse here",
-                hint="compute a new tensor there (`x = x + y` in place of `x += y`), and read that",
-            )
+    for node in list(graph.nodes):
+        if not mutates(node):
+            continue
+        written = tensor_arg(node, 0)
+        if not node.users and written is not None and written.op == "get_attr" and list(written.users) == [node]:
+            graph.erase_node(node)  # a count of calls, say
+            graph.erase_node(written)
+            continue
+        calls = need(node, Scope).calls
+        where = f" in {calls[-1][1]}" if calls and calls[-1][1] else ""
+        raise CaptureError(
+            f"{name} cannot be captured: {op_name(node)}{where} writes in place into what is read elsewhere, and that "
+            "cannot be followed: a parameter, a buffer or an input, an `out=`, or a view that has no inverse here",
+            hint="compute a new tensor there (`x = x + y` in place of `x += y`), and read that",
+        )
 
 
 def _take_apart(graph: fx.Graph, node: Node, viewed: Node) -> None:
     """Make the parts that `node` cuts `viewed` into views of their own: slices, which have an inverse."""
-    parts = value(node)
-    if not is_op(node, *_CUTS) or not isinstance(parts, list | tuple):
+    if not is_op(node, *_CUTS, "aten.narrow"):
         return
-    single = is_op(node, "aten.unbind")
-    position = 1 if single else 2
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    sizes = [1 if single else part.shape[dim] for part in parts]
-    if not all(isinstance(size, int) for size in sizes):
-        return
-    for reader in list(node.users):
-        index = getitem(reader)
-        if index is None:
-            continue
-        start = sum(sizes[:index])
+    readers = {node: 0} if is_op(node, "aten.narrow") else {n: i for n in node.users if (i := getitem(n)) is not None}
+    for reader, index in readers.items():
         with graph.inserting_before(reader):
-            if single:
-                part = graph.call_function(torch.ops.aten.select.int, (viewed, dim, start))
-            else:
-                part = graph.call_function(torch.ops.aten.slice.Tensor, (viewed, dim, start, start + sizes[index]))
+            view = _part(graph, node, index)
+            if view is None:
+                return
+            target, args = view
+            part = graph.call_function(target, (viewed, *args))
         part.meta = dict(reader.meta)
         reader.replace_all_uses_with(part)
         graph.erase_node(reader)
-    if not node.users:
+    if not is_op(node, "aten.narrow") and not node.users:
         graph.erase_node(node)
+
+
+def _part(graph: fx.Graph, node: Node, index: int) -> tuple[Callable[..., object], tuple[Any, ...]] | None:
+    """The view that part `index` of a cut is, with its arguments but the tensor; None where sizes are not known."""
+    names = {"aten.unbind": ("dim",), "aten.narrow": ("dim", "start", "length")}.get(op_name(node), ("sizes", "dim"))
+    said: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    dim, sizes = said.get("dim", 0), said.get("sizes")
+    if is_op(node, "aten.unbind"):
+        return torch.ops.aten.select.int, (dim, index)
+    if is_op(node, "aten.narrow"):
+        start, size = said["start"], said["length"]
+    elif is_op(node, "aten.split") and isinstance(sizes, int):
+        start, size = index * sizes, sizes  # a slice ends where the tensor does
+    elif is_op(node, "aten.split", "aten.split_with_sizes") and isinstance(sizes, list | tuple):
+        start, size = _sum(graph, node, sizes[:index]), sizes[index]
+    else:
+        lengths = [part.shape[dim] for part in value(node)]
+        if not all(isinstance(length, int) for length in lengths):
+            return None
+        start, size = sum(lengths[:index]), lengths[index]
+    end = _sum(graph, node, (start, size))
+    return torch.ops.aten.slice.Tensor, (
+        dim,
+        start,
+        sys.maxsize if start != 0 and end == 0 else end,
+    )  # counted from the end
+
+
+def _sum(graph: fx.Graph, near: Node, sizes: Sequence[int | Node]) -> int | Node:
+    """The sum of sizes, of which some may be symbolic."""
+    total: int | Node = 0
+    for size in sizes:
+        if isinstance(total, int) and isinstance(size, int):
+            total += size
+        elif total == 0:
+            total = size
+        else:
+            values = [value(term) if isinstance(term, Node) else term for term in (total, size)]
+            total = graph.call_function(operator.add, (total, size))
+            total.meta = {**near.meta, "val": values[0] + values[1]}
+    return total
 
 
 def _storages(node: Node) -> set[int]:
@@ -199,6 +247,8 @@ def _reshape(node: Node) -> None:
     """What `node` reads may be laid out in another way now: a view of it may have to copy."""
     if node.target is torch.ops.aten.view.default:
         node.target = torch.ops.aten.reshape.default
+    if node.target is torch.ops.aten.view_as.default:
+        node.target = torch.ops.aten.reshape_as.default
 
 
 def _functional(node: Node) -> Callable[..., object] | None:
@@ -232,7 +282,7 @@ def _promotes(node: Node) -> bool:
 
 
 def _has_inverse(view: Node) -> bool:
-    return op_name(view) in _SCATTER.keys() | _SAME | _SHAPED | _MOVED
+    return op_name(view) in _SCATTER.keys() | _SAME | _SHAPED | _OWN_INVERSE | _MOVED
 
 
 def _undo(graph: fx.Graph, view: Node, before: Node, new: Node) -> Node:
@@ -250,4 +300,7 @@ def _undo(graph: fx.Graph, view: Node, before: Node, new: Node) -> Node:
         order = [int(str(d)) % len(dims) for d in dims]
         return graph.call_function(torch.ops.aten.permute.default, (new, [order.index(i) for i in range(len(order))]))
     assert callable(view.target)
-    return graph.call_function(view.target, (new, *view.args[1:]))  # a transposition is its own inverse
+    if name in _MOVED:
+        source, destination = view.args[1:]
+        return graph.call_function(view.target, (new, destination, source))
+    return graph.call_function(view.target, (new, *view.args[1:]))  # a transposition

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Self
 
 from qcompiler.data.batches import TokenBatch
@@ -17,7 +18,7 @@ from qcompiler.ir.graph import Graph, Partition
 from qcompiler.pipeline.base import Context, PartitionStep
 from qcompiler.runtime.segments import segments
 from qcompiler.runtime.shelf import Shelf
-from qcompiler.runtime.stream import Stream, widths
+from qcompiler.runtime.stream import Stream, bytes_by_shape, widths
 
 _WIDER = 2
 """How much more than at the ends of a partition may wait in memory within it."""
@@ -63,8 +64,10 @@ class Flow:
         last = max((i for i, segment in enumerate(order) if watched[segment.name]), default=-1)
         stream = Stream(graph, order[: last + 1], _batches(context), context.device, shelf) if last >= 0 else None
         if stream is not None and shelf is not None:
-            tokens = sum(batch.input_ids.numel() for batch in _batches(context))
-            shelf.check(tokens * _room(widths(graph, order[: last + 1])), context.report.total_bytes)
+            observed_up_to, shapes = order[: last + 1], [batch.input_ids.shape for batch in _batches(context)]
+            needed = sum(map(prod, shapes)) * _room(widths(graph, observed_up_to))
+            needed += bytes_by_shape(graph, observed_up_to, set(shapes))
+            shelf.check(needed, context.report.total_bytes)
         feeding = [segment.name for segment in order[: max(last, 0)]]
         kept = feeding if shelf is not None else _narrow(graph, found.values())
         return cls(found, watched, frozenset(feeding), frozenset(kept), stream, propagates)

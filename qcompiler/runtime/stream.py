@@ -57,6 +57,23 @@ def widths(graph: Graph, parts: Sequence[Partition]) -> list[Counter[int]]:
     return found
 
 
+def bytes_by_shape(graph: Graph, parts: Sequence[Partition], shapes: Iterable[torch.Size]) -> int:
+    """Bytes of what crosses an end of `parts` once for each shape of a batch [B, S]: masks, and angles of positions."""
+    tokens = depends_on_tokens(graph)
+    read = {node for part in parts for node in part.reads}
+    crossing = [node for part in parts for node in part.writes if node in read and node not in tokens]
+    symbols = [side.node.expr for side in value(graph.input).shape]
+    total = 0
+    for node in crossing:
+        tensor = value(node)
+        if isinstance(tensor, Tensor):
+            size = prod(side if isinstance(side, int) else side.node.expr for side in tensor.shape)
+            for shape in shapes:
+                sides = dict(zip(symbols, shape, strict=True))
+                total += tensor.dtype.itemsize * int(size if isinstance(size, int) else size.subs(sides))
+    return total
+
+
 class Stream:
     """The batches on their way through the partitions.
 

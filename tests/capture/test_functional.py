@@ -71,6 +71,14 @@ def test_a_view_made_before_a_write_sees_it() -> None:
         lambda y: y.view(2, 2, 6).permute(2, 0, 1)[:, 1],
         lambda y: y.detach()[2],
         lambda y: y.contiguous(),
+        lambda y: y.narrow(1, 2, 3),
+        lambda y: y.narrow(0, -2, 2),
+        lambda y: y.narrow(0, -3, 2),
+        lambda y: y.swapaxes(0, 1)[1],
+        lambda y: y.view(2, 2, 6).movedim(0, 2)[1],
+        lambda y: y.view(2, 2, 6).movedim((0, 1), (1, 2))[3],
+        lambda y: y.view_as(torch.empty(6, 4)),
+        lambda y: y.diagonal(1),
     ],
 )
 def test_a_write_through_a_view_reaches_the_tensor(view: Callable[[Tensor], Tensor]) -> None:
@@ -97,6 +105,8 @@ def test_a_write_keeps_the_dtype_of_what_is_written() -> None:
         lambda y: torch.split(y, 4, dim=1),
         lambda y: torch.split(y, [1, 2, 3], dim=-1),
         lambda y: y.chunk(2),
+        lambda y: y.tensor_split(3, dim=1),
+        lambda y: y.tensor_split((1, 3)),
         lambda y: y.unbind(),
         lambda y: y.transpose(0, 1).unbind(1),
     ],
