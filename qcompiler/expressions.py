@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from time import thread_time
@@ -29,8 +29,10 @@ REGEX_PREFIX = "re:"
 TIMEOUT_SECONDS = 1.0
 _SLOW_SECONDS = 0.005  # a thousand times what an expression takes that does not backtrack
 _MAX_REPEATS = 10_000
+_MAX_LENGTH = 10_000  # `re` takes seconds to compile as much of what it is slowest at
+_COMPILE_SECONDS = 10.0
 _REPEAT = re.compile(r"\{(?:\d*,)?(\d+)\}")
-_OF_REGEX = re.compile(r"\\(?:N\{[^}]*\}|.)|\[:(?=[^\]]*:\])|\{(?!\d*,?\d*\})", re.DOTALL)
+_OF_REGEX = re.compile(r"\\(?:N\{[^}]{0,100}\}|.)|\[:(?=[^\]]{0,100}:\])|\{(?!\d*,?\d*\})", re.DOTALL)
 """What only `regex` reads where `re` also compiles: `[[:alpha:]]`, and braces that allow errors. And any escape."""
 
 
@@ -60,8 +62,25 @@ def read_alike(target: str) -> bool:
     return _read(target).alike
 
 
+def compile_together(targets: Iterable[str]) -> None:
+    """Compile `re:` expressions, for whoever matches them later. Raises `ConfigError` where that takes too long."""
+    start = thread_time()
+    for target in targets:
+        _read(target)
+        if thread_time() - start > _COMPILE_SECONDS:
+            raise ConfigError(
+                f"expressions up to {target[:60]!r} take longer than {_COMPILE_SECONDS:g} s to compile",
+                hint="do not trust who wrote them; or name the modules one by one",
+            )
+
+
 @lru_cache(maxsize=4096)
 def _read(target: str) -> _Reading:
+    if len(target) > _MAX_LENGTH:
+        raise ConfigError(
+            f"target {target[:60]!r}... has {len(target)} characters; expressions of up to {_MAX_LENGTH} are read",
+            hint="name the modules one by one, or write several expressions",
+        )
     # Compiling writes counted repeats out, nested ones multiplied, and knows no timeout.
     if math.prod(int(count[:9]) or 1 for count in _REPEAT.findall(target)) > _MAX_REPEATS:
         raise ConfigError(

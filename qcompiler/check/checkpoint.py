@@ -14,8 +14,8 @@ from torch import Tensor
 from qcompiler.checkpoints.header import TensorMeta, check_values
 from qcompiler.checkpoints.reader import CheckpointReader
 from qcompiler.emit.schema import QUANT_METHOD
-from qcompiler.errors import CheckpointError
-from qcompiler.expressions import REGEX_PREFIX
+from qcompiler.errors import CheckpointError, ConfigError
+from qcompiler.expressions import REGEX_PREFIX, compile_together
 from qcompiler.limits import LAYERS, MOST_LAYERS, MOST_MODULES, check_config_size
 from qcompiler.source import read_config_json
 
@@ -165,6 +165,10 @@ def _check_form(quantization: Mapping[str, Any], file: Path) -> None:
             f"{file}: {len(expressions)} regular expressions; at most {_MAX_EXPRESSIONS} are read, and a MiB of them",
             hint="do not trust this checkpoint, or name the linears exactly",
         )
+    try:
+        compile_together(expressions)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error.message}", hint=error.hint) from error
 
 
 def _targets(group: object) -> object:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qcompiler import expressions
 from qcompiler.check import entries
 from tests.check.checkpoints import DOWN, Edited
 from tests.check.conftest import Base, Check
@@ -94,6 +95,7 @@ def test_an_index_that_leaves_the_folder(name: str, folder: Path, refused: Refus
         ("re:" + "|".join(f"a{n}b" for n in range(200_000)), "regular expressions; at most"),
         (r"re:([\w.]|[\w.][\w.])*[^\w.]$", "did not finish"),
         ("re:((a{1,1000}){1,1000}){1,1000}", "repeats parts of itself"),
+        ("re:" + "[:" * 60_000, "has 120003 characters"),
     ],
 )
 def test_expressions_that_do_not_end(
@@ -103,6 +105,15 @@ def test_expressions_that_do_not_end(
     entries = edited.group()["targets"] if place == "targets" else edited.quantization["ignore"]
     entries.append(expression)
     refused(edited.write(tmp_path / "hostile"), [says])
+
+
+def test_expressions_that_are_slow_to_compile_together(
+    base: Base, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expressions, "_COMPILE_SECONDS", 0.5)
+    edited = base("packed")
+    edited.quantization["ignore"] += [f"re:(?i){n}" + "[\x00-\uffff]" * 20 for n in range(100)]
+    refused(edited.write(tmp_path / "hostile"), ["take longer than 0.5 s to compile"])
 
 
 def test_expressions_that_are_slow_together(
@@ -139,7 +150,7 @@ def test_configs_that_are_none(text: str, says: str | None, folder: Path, refuse
 
 def test_expressions_that_no_parser_ends_are_a_finding(base: Base, tmp_path: Path, run: Callable[..., Any]) -> None:
     edited = base("packed")
-    edited.quantization["ignore"].append("re:" + "(" * 100_000 + ")" * 100_000)
+    edited.quantization["ignore"].append("re:" + "(" * 4_900 + ")" * 4_900)
     ran = run("check", edited.write(tmp_path / "hostile"))
     assert (ran.code, ran.err) == (1, "")
     assert "error: target-invalid" in ran.out
