@@ -8,6 +8,7 @@ All else is imported inside `main`, so that whoever interrupts the imports is an
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 INTERRUPTED = 130
 """What shells call a process that SIGINT ended."""
@@ -29,5 +30,6 @@ def main() -> None:
 
 def _say_interrupted() -> None:
     if sys.stderr is not None:  # where it is closed; `print` would take standard output instead
-        print("interrupted", file=sys.stderr)
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)

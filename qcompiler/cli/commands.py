@@ -32,6 +32,7 @@ from qcompiler.cli.streams import (
     print_result,
     progress_bar,
     quiet_libraries,
+    standard_error,
     standard_output,
 )
 from qcompiler.collector import imports_kept
@@ -72,7 +73,7 @@ def run() -> None:
 
     Exits with 2 where the input is bad or nothing can be printed, 141 where the reader of what is printed went away.
     """
-    with quiet_libraries():
+    with quiet_libraries(), standard_error():
         try:
             with standard_output():
                 check_transformers()

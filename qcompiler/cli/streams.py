@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,27 +28,27 @@ _QUIET = {
 PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
-class _Output(TextIOWrapper):
+class _Output(FileIO):
     """Standard output, whose errors are told from those of files that a command reads or writes."""
 
-    def write(self, text: str, /) -> int:
-        with _writing():
-            return super().write(text)
-
-    def flush(self) -> None:
-        with _writing():
-            super().flush()
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OutputError(
+                f"standard output cannot be written: {error.strerror or error}",
+                hint="send it to a file on a disk with free space",
+            ) from error
 
 
 @contextmanager
-def _writing() -> Iterator[None]:
-    try:
+def standard_error() -> Iterator[None]:
+    """Where standard error is closed, what is printed to it within goes nowhere: else it might to standard output."""
+    if sys.stderr is not None:
         yield
-    except OSError as error:
-        raise OutputError(
-            f"standard output cannot be written: {error.strerror or error}",
-            hint="send it to a file on a disk with free space",
-        ) from error
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager
@@ -71,8 +71,8 @@ def standard_output() -> Iterator[None]:
         return
     stdout.flush()
     # A stream of its own: what it could not write goes with it, and does not fail again when the interpreter ends.
-    output = _Output(
-        BufferedWriter(FileIO(descriptor, "wb", closefd=False)),
+    output = TextIOWrapper(
+        BufferedWriter(_Output(descriptor, "wb", closefd=False)),
         encoding=stdout.encoding,
         errors="backslashreplace" if stdout.errors in ("strict", "surrogateescape") else stdout.errors,
         line_buffering=stdout.line_buffering or stdout.write_through,

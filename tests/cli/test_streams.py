@@ -73,12 +73,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait() == commands.READER_GONE, "1 would say that a checkpoint has errors"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("words", [("check", "OUT"), ("inspect", "OUT", "--json"), ("--help",), ("passes",)])
 def test_a_full_disk_under_standard_output_is_one_message_and_2(
-    words: tuple[str, ...], compiled: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], encoding: str, compiled: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pages of JSON are larger than what is buffered, and the others smaller."""
-    with open("/dev/full", "w", encoding="utf-8") as full:
+    with open("/dev/full", "w", encoding=encoding) as full:
         monkeypatch.setattr(sys, "stdout", full)
         ran = run(*(str(compiled) if word == "OUT" else word for word in words))
     message = "error: standard output cannot be written: No space left on device\n  hint: "
@@ -108,6 +109,8 @@ def test_standard_error_that_is_closed_leaves_the_report_as_it_is(
     assert run("check", compiled) == report
     refused = run("check", compiled / "none")
     assert (refused.code, refused.out) == (2, ""), "and nothing of the error goes to standard output"
+    mistaken = run("check", "--bogus")
+    assert (mistaken.code, mistaken.out) == (2, ""), "nor of how a command is used"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
