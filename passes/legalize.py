@@ -14,6 +14,7 @@ from qcompiler.emit.sites import Site
 from qcompiler.errors import ConfigError, LegalityError, VerificationError
 from qcompiler.ir.annotations import LeafKind, Quant, get_quant, scheme_of, set_quant
 from qcompiler.ir.graph import Graph, Stage
+from qcompiler.ir.observers import LEAVE_CACHE
 from qcompiler.lowering.rehearse import rehearse
 from qcompiler.lowering.sites import disk_sites, sites
 from qcompiler.pipeline import Context
@@ -130,7 +131,7 @@ class Legalize(GraphPass):
                 if rehearse(replace(graph, kv_cache=None), context.source, dense).refused is None:
                     raise LegalityError(
                         f"{target.name} cannot load this model with a quantized KV cache: {rehearsal.refused}",
-                        hint=f"take out kv_cache (kv_cache_scheme in a recipe), or {elsewhere}",
+                        hint=f"{LEAVE_CACHE}, or {elsewhere}",
                     )
             raise LegalityError(
                 f"{target.name} cannot load what was assigned, though every scheme is legal: {rehearsal.refused}",

@@ -117,11 +117,11 @@ class _Translation:
         try:
             modifier = MODIFIERS[name].model_validate(args)
         except ValidationError as error:
-            takes = MODIFIERS[name].model_fields.keys() - Modifier.model_fields.keys()
-            known = ", ".join(word for word in MODIFIERS[name].model_fields if word in takes)
-            raise ConfigError(
-                wrong_options(error, MODIFIERS[name], written.place), hint=f"{name} takes {known}"
-            ) from None
+            hint = "the option is known, and cannot have this value: correct it"
+            if any(item["type"] == "extra_forbidden" for item in error.errors()):
+                takes = MODIFIERS[name].model_fields.keys() - Modifier.model_fields.keys()
+                hint = f"{name} takes {', '.join(word for word in MODIFIERS[name].model_fields if word in takes)}"
+            raise ConfigError(wrong_options(error, MODIFIERS[name], written.place), hint=hint) from None
         if isinstance(modifier, SmoothQuant):
             self._smooth(modifier, written)
         elif isinstance(modifier, Awq):

@@ -12,7 +12,8 @@ from qcompiler.capture.compare import eager_twin, graph_values, some_tokens, ten
 from qcompiler.errors import LegalityError
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
-from qcompiler.patterns.cache import MEND, Cached, cached_tensors
+from qcompiler.ir.observers import LEAVE_CACHE
+from qcompiler.patterns.cache import Cached, cached_tensors
 
 _NOISE = 0.05
 """What two runs of one model may differ by, in standard deviations: a cache changes masks, and those kernels."""
@@ -76,4 +77,4 @@ def _compare(model: PreTrainedModel, cached: Cached, read: Tensor, entered: Tens
 
 
 def _unproved(model: PreTrainedModel, why: str) -> LegalityError:
-    return LegalityError(f"the KV cache cannot be quantized: {type(model).__name__} {why}", hint=MEND)
+    return LegalityError(f"the KV cache cannot be quantized: {type(model).__name__} {why}", hint=LEAVE_CACHE)

@@ -12,6 +12,9 @@ from qcompiler.ir.graph import Graph
 from qcompiler.ir.ops import observe
 from qcompiler.ir.partition import partitions
 
+LEAVE_CACHE = "take out kv_cache (kv_cache_scheme in a recipe)"
+"""The mend of what no cache can be quantized for."""
+
 
 def observers(linear: Node) -> Iterator[AnyObserver]:
     """The observers before a linear that collect for it, the nearest first."""
@@ -91,7 +94,7 @@ def _torn(observer: AnyObserver, places: str) -> tuple[str, str]:
         what = f"static scale of its {observer.purpose}"
         mend = "use a scheme whose activations are dynamic, or ignore this layer"
         if observer.purpose != "input":
-            mend = "take out kv_cache (kv_cache_scheme in a recipe)"
+            mend = LEAVE_CACHE
     first, *others = observer.consumers
     who = f"{first} runs" if not others else f"{first} and {len(others)} more that share an input with it run"
     return (

@@ -9,12 +9,12 @@ from qcompiler.errors import LegalityError
 from qcompiler.ir.annotations import Leaf, Role, Scope, need
 from qcompiler.ir.fx import Node, getitem, is_op, tensor_arg, value
 from qcompiler.ir.graph import Graph
+from qcompiler.ir.observers import LEAVE_CACHE
 from qcompiler.patterns.language import Match, Walk
 from qcompiler.patterns.nearest import nearest
 from qcompiler.patterns.transformer import ATTENTIONS, FUSED_ATTENTION, LINEAR, NORM
 from qcompiler.patterns.vocabulary import LAYOUT
 
-MEND = "take out kv_cache (kv_cache_scheme in a recipe)"
 _LATENT = Walk(
     "latent", "back", start="value", operand=0, through=LAYOUT | {"aten.mul"}, through_leaves=NORM, to=LINEAR, many=True
 )
@@ -48,14 +48,14 @@ def cached_tensors(graph: Graph) -> list[Cached]:
             "the KV cache cannot be quantized: the model has "
             f"{'an' if found else 'no'} attention whose keys and values {'are not' if found else 'are'} found; "
             f"{nearest(graph, (FUSED_ATTENTION,) if found else ATTENTIONS)}",
-            hint=MEND,
+            hint=LEAVE_CACHE,
         )
     for cached in found:
         if value(cached.node).dim() != 4:
             raise LegalityError(
                 f"the KV cache cannot be quantized: %{cached.node.name}, the {cached.part} of {cached.path}, is not "
                 f"[batch, heads, tokens, features] but {list(value(cached.node).shape)}",
-                hint=MEND,
+                hint=LEAVE_CACHE,
             )
     return found
 
@@ -84,7 +84,7 @@ def _refuse_latent(path: str, match: Match) -> None:
         raise LegalityError(
             f"the KV cache cannot be quantized: {ups} makes the values of {path} of a latent, that of {downs[0]}, "
             "and it is the latent that runtimes cache: vLLM rounds it by one scale, Transformers its parts by two",
-            hint=MEND,
+            hint=LEAVE_CACHE,
         )
 
 
@@ -95,7 +95,7 @@ def _keys(scores: Node) -> Node | None:
         raise LegalityError(
             f"the KV cache cannot be quantized: %{scores.name} makes an attention's scores, and its right side is no "
             "transposition of keys",
-            hint=MEND,
+            hint=LEAVE_CACHE,
         )
     return tensor_arg(columns, 0)
 

@@ -70,7 +70,7 @@ class Shelf:
             )
 
     def put(self, value: Any) -> Any:
-        """Keep a value: what to give `get` for it. All but large tensors (on the CPU) it is itself."""
+        """Keep a value (on the CPU): what to give `get` for it. Small ones are themselves, or the copy of a part."""
         if not isinstance(value, Tensor):
             return value
         held = value.untyped_storage().nbytes()
