@@ -28,17 +28,36 @@ _QUIET = {
 PIPED_WIDTH = 1000  # for programs and files: one row is one line, however long
 
 
-class _Output(FileIO):
-    """Standard output, whose errors are told from those of files that a command reads or writes."""
+class _Output(TextIOWrapper):
+    """Standard output, whose errors are told from those of files that a command reads or writes.
 
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            raise OutputError(
-                f"standard output cannot be written: {error.strerror or error}",
-                hint="send it to a file on a disk with free space",
-            ) from error
+    They are told here and not below: an interrupt in Python code between the buffer and the file would have the buffer
+    write again what it wrote.
+    """
+
+    @property
+    def buffer(self) -> Any:
+        """None: click writes to what lies below where it takes the encoding for a mistake."""
+        return None
+
+    def write(self, text: str, /) -> int:
+        with _writing():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _writing():
+            super().flush()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"standard output cannot be written: {error.strerror or error}",
+            hint="send it to a file on a disk with free space",
+        ) from error
 
 
 @contextmanager
@@ -71,8 +90,8 @@ def standard_output() -> Iterator[None]:
         return
     stdout.flush()
     # A stream of its own: what it could not write goes with it, and does not fail again when the interpreter ends.
-    output = TextIOWrapper(
-        BufferedWriter(_Output(descriptor, "wb", closefd=False)),
+    output = _Output(
+        BufferedWriter(FileIO(descriptor, "wb", closefd=False)),
         encoding=stdout.encoding,
         errors="backslashreplace" if stdout.errors in ("strict", "surrogateescape") else stdout.errors,
         line_buffering=stdout.line_buffering or stdout.write_through,
