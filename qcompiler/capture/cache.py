@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from qcompiler.capture.compare import eager_twin, graph_values, some_tokens, tensors_of
-from qcompiler.errors import LegalityError
+from qcompiler.errors import LegalityError, in_brief
 from qcompiler.ir.fx import Node
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.observers import LEAVE_CACHE
@@ -50,7 +50,7 @@ def compare_cached(graph: Graph, model: PreTrainedModel) -> None:
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:  # a model's own code
-        raise _unproved(model, f"does not run with one: {type(error).__name__}: {error}") from error
+        raise _unproved(model, f"does not run with one: {in_brief(error)}") from error
     found: dict[tuple[str, Node], Cached] = {}
     for cached in cached_tensors(graph):
         found.setdefault((cached.part, cached.node), cached)  # layers may share keys and values

@@ -83,10 +83,13 @@ def refuse_writes(graph: fx.Graph, name: str) -> None:
 
 def _take_apart(graph: fx.Graph, node: Node, viewed: Node) -> None:
     """Make the parts that `node` cuts `viewed` into views of their own: slices, which have an inverse."""
-    if not is_op(node, *_CUTS, "aten.narrow"):
+    if is_op(node, "aten.narrow"):
+        parts = {node: 0}
+    elif is_op(node, *_CUTS):
+        parts = {user: index for user in node.users if (index := getitem(user)) is not None}
+    else:
         return
-    readers = {node: 0} if is_op(node, "aten.narrow") else {n: i for n in node.users if (i := getitem(n)) is not None}
-    for reader, index in readers.items():
+    for reader, index in parts.items():
         with graph.inserting_before(reader):
             view = _part(graph, node, index)
             if view is None:
@@ -96,7 +99,7 @@ def _take_apart(graph: fx.Graph, node: Node, viewed: Node) -> None:
         part.meta = dict(reader.meta)
         reader.replace_all_uses_with(part)
         graph.erase_node(reader)
-    if not is_op(node, "aten.narrow") and not node.users:
+    if node not in parts and not node.users:
         graph.erase_node(node)
 
 
@@ -119,11 +122,9 @@ def _part(graph: fx.Graph, node: Node, index: int) -> tuple[Callable[..., object
             return None
         start, size = sum(lengths[:index]), lengths[index]
     end = _sum(graph, node, (start, size))
-    return torch.ops.aten.slice.Tensor, (
-        dim,
-        start,
-        sys.maxsize if start != 0 and end == 0 else end,
-    )  # counted from the end
+    if end == 0 and start != 0:
+        end = sys.maxsize  # the start is counted from there
+    return torch.ops.aten.slice.Tensor, (dim, start, end)
 
 
 def _sum(graph: fx.Graph, near: Node, sizes: Sequence[int | Node]) -> int | Node:

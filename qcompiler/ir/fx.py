@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -68,6 +69,20 @@ def last_dim(node: Node) -> int | None:
     if isinstance(val, torch.Tensor) and val.dim() and isinstance(val.shape[-1], int):
         return int(val.shape[-1])
     return None
+
+
+def symbols(node: Node) -> tuple[Any, ...]:
+    """The symbols that the sizes of a tensor are, all of them symbolic."""
+    return tuple(side.node.expr for side in value(node).shape)
+
+
+def bytes_at(node: Node, sizes: Mapping[Any, int]) -> int:
+    """Bytes of the value where symbols have these sizes, 0 where it is not a tensor."""
+    val = value(node)
+    if not isinstance(val, torch.Tensor):
+        return 0
+    sides = (side if isinstance(side, int) else int(side.node.expr.subs(sizes)) for side in val.shape)
+    return prod(sides) * val.dtype.itemsize
 
 
 def tensor_arg(node: Node, index: int) -> Node | None:

@@ -62,12 +62,14 @@ class Flow:
                 watched[segment.name] = {node: observers[node] for node in segment.nodes if node in observers}
         order = [segment for part in parts for segment in found[part.name]]
         last = max((i for i, segment in enumerate(order) if watched[segment.name]), default=-1)
-        stream = Stream(graph, order[: last + 1], _batches(context), context.device, shelf) if last >= 0 else None
-        if stream is not None and shelf is not None:
-            observed_up_to, shapes = order[: last + 1], [batch.input_ids.shape for batch in _batches(context)]
-            needed = sum(map(prod, shapes)) * _room(widths(graph, observed_up_to))
-            needed += bytes_by_shape(graph, observed_up_to, set(shapes))
-            shelf.check(needed, context.report.total_bytes)
+        stream: Stream | None = None
+        if last >= 0:
+            run, batches = order[: last + 1], _batches(context)
+            stream = Stream(graph, run, batches, context.device, shelf)
+            if shelf is not None:
+                shapes = [batch.input_ids.shape for batch in batches]
+                by_tokens = sum(map(prod, shapes)) * _room(widths(graph, run))
+                shelf.check(by_tokens + bytes_by_shape(graph, run, set(shapes)), context.report.total_bytes)
         feeding = [segment.name for segment in order[: max(last, 0)]]
         kept = feeding if shelf is not None else _narrow(graph, found.values())
         return cls(found, watched, frozenset(feeding), frozenset(kept), stream, propagates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qcompiler.data.batches import TokenBatch
 from qcompiler.ir.annotations import scheme_of
-from qcompiler.ir.fx import Node, is_op, value
+from qcompiler.ir.fx import Node, bytes_at, is_op, symbols, value
 from qcompiler.ir.graph import Graph, Partition
 from qcompiler.ir.ops import OPS
 from qcompiler.runtime.attention import attend_causally, is_causal, mask_of
@@ -57,21 +57,13 @@ def widths(graph: Graph, parts: Sequence[Partition]) -> list[Counter[int]]:
     return found
 
 
-def bytes_by_shape(graph: Graph, parts: Sequence[Partition], shapes: Iterable[torch.Size]) -> int:
+def bytes_by_shape(graph: Graph, parts: Sequence[Partition], shapes: Collection[torch.Size]) -> int:
     """Bytes of what crosses an end of `parts` once for each shape of a batch [B, S]: masks, and angles of positions."""
     tokens = depends_on_tokens(graph)
     read = {node for part in parts for node in part.reads}
     crossing = [node for part in parts for node in part.writes if node in read and node not in tokens]
-    symbols = [side.node.expr for side in value(graph.input).shape]
-    total = 0
-    for node in crossing:
-        tensor = value(node)
-        if isinstance(tensor, Tensor):
-            size = prod(side if isinstance(side, int) else side.node.expr for side in tensor.shape)
-            for shape in shapes:
-                sides = dict(zip(symbols, shape, strict=True))
-                total += tensor.dtype.itemsize * int(size if isinstance(size, int) else size.subs(sides))
-    return total
+    names = symbols(graph.input)
+    return sum(bytes_at(node, dict(zip(names, shape, strict=True))) for node in crossing for shape in shapes)
 
 
 class Stream:

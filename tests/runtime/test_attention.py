@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompiler.capture import capture_graph
-from qcompiler.capture.compare import graph_logits
+from qcompiler.capture.compare import graph_logits, tensors_of
 from qcompiler.data.batches import TokenBatch
 from qcompiler.ir.graph import Graph
 from qcompiler.ir.partition import partitions
@@ -142,8 +142,7 @@ def test_layers_that_see_all_before_them_are_computed_without_a_mask(monkeypatch
     looked: list[tuple[int, ...]] = []
     whether: Callable[[Any], bool] = is_causal
     monkeypatch.setattr(stream, "is_causal", lambda mask: (looked.append(tuple(mask.shape)), whether(mask))[1])
-    tensors = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    tensors |= graph.buffers
+    tensors = tensors_of(graph, model)
     with Attentions() as seen:
         found = streamed(graph, batches, tensors)
     assert seen.causal == [False, False, True, True, True, True]  # layer by layer

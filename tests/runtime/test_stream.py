@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 import qcompiler
 from qcompiler.capture import capture_graph
+from qcompiler.capture.compare import tensors_of
 from qcompiler.data.batches import TokenBatch
 from qcompiler.errors import LegalityError
 from qcompiler.ir.partition import partitions
@@ -43,8 +44,7 @@ def test_of_masks_only_those_wait_that_are_not_causal_and_these_on_the_shelf(
     graph = capture_graph(model)
     lengths = (300, 290, 280)
     batches = [TokenBatch(torch.ones(1, n, dtype=torch.int64), torch.ones(1, n, dtype=torch.bool)) for n in lengths]
-    tensors = {**graph.constants, **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    tensors |= graph.buffers
+    tensors = tensors_of(graph, model)
     first = partitions(graph)[0]
     with Noted(tmp_path / "output") as shelf:
         Stream(graph, partitions(graph), batches, CPU, shelf).run(first, first.nodes, tensors, always({}), keep=True)
